@@ -56,7 +56,8 @@ EDITIONS = {
     "2014": Edition("reviewerID", "asin", "unixReviewTime", "overall", 1, False, f"{SNAP}/reviews_{{category}}_5.json.gz", f"{SNAP}/meta_{{category}}.json.gz",
                     "McAuley et al. 2015, Image-based recommendations on styles and substitutes, SIGIR"),
     "2023": Edition("user_id", "parent_asin", "timestamp", "rating", 1000, True, f"{UCSD}/review_categories/{{category}}.jsonl.gz",
-                    f"{UCSD}/meta_categories/meta_{{category}}.jsonl.gz", "Hou et al. 2024, Bridging Language and Items for Retrieval and Recommendation, arXiv:2403.03952"),
+                    f"{UCSD}/meta_categories/meta_{{category}}.jsonl.gz",
+                    "Hou et al. 2024, Bridging Language and Items for Retrieval and Recommendation, arXiv:2403.03952"),
 }
 
 # %% ../../nbs/data/03_amazon.ipynb #c08
@@ -256,7 +257,8 @@ def write_interactions(
     item_id = np.cumsum(alive, dtype=np.int32)
     n_users = n_rows = 0
     schemas = [pl.DataFrame(schema=schema).to_arrow().schema for schema in (INTERACTIONS, {"user_id": pl.Int32, "source_id": pl.String})]
-    with pyarrow.parquet.ParquetWriter(folder / "interactions.parquet", schemas[0]) as rows, pyarrow.parquet.ParquetWriter(folder / "users.parquet", schemas[1]) as people:
+    writer = pyarrow.parquet.ParquetWriter
+    with writer(folder / "interactions.parquet", schemas[0]) as rows, writer(folder / "users.parquet", schemas[1]) as people:
         for bucket, path in files.items():
             part = pl.read_parquet(path, glob=False).filter(pl.Series(keep[bucket]))
             if part.height == 0:
@@ -390,7 +392,8 @@ def prepare_amazon(
             raise DataError(f"{reviews}: the file holds no review. Fetch it again.")
         users, items, merged = code_buckets(spill, scratch, about.per_second)
         survivors, counts = write_interactions(scratch, aside, users, items, k_core)
-        described, bad_metadata = write_items(Path(metadata) if metadata is not None else None, aside, scratch, survivors, about, malformed, text_characters, progress)
+        metadata = Path(metadata) if metadata is not None else None
+        described, bad_metadata = write_items(metadata, aside, scratch, survivors, about, malformed, text_characters, progress)
         shutil.rmtree(scratch)
         return write_manifest(aside, {
             "name": name, "title": f"Amazon reviews {edition}: {reviews.name}", "license": "Research use (McAuley lab); no redistribution.",
@@ -421,5 +424,6 @@ def fetch_and_prepare(
         near = difflib.get_close_matches(category, CATEGORIES_2023, n=3, cutoff=0.4) or CATEGORIES_2023
         raise DataError(f"'{name}': Amazon Reviews 2023 has no category '{category}'. Nearest: {', '.join('amazon2023-' + known for known in near)}.")
     edition = EDITIONS[year]
-    reviews, metadata = (fetch(url, raw / Path(url).name, progress=progress) for url in (edition.reviews.format(category=category), edition.metadata.format(category=category)))
+    urls = [address.format(category=category) for address in (edition.reviews, edition.metadata)]
+    reviews, metadata = (fetch(url, raw / Path(url).name, progress=progress) for url in urls)
     return prepare_amazon(name, reviews, metadata, folder, year, progress=progress, **{"k_core": 1 if year == "2014" else 5, **options})

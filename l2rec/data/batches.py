@@ -134,7 +134,7 @@ class Targets(TorchDataset):
         begin = np.where(split.new_user, first, split.offsets[:-1])
         user = user[np.argsort(-(first - begin)[user], kind="stable")]
         start = np.maximum(begin, first - max_length)
-        self.n, self.size = len(user), (first - start)[user]
+        self.n, self.n_items, self.size = len(user), split.n_items, (first - start)[user]
         on = lambda a: torch.from_numpy(np.ascontiguousarray(a)).to(device)
         self.items, self.user = on(split.items), on(user)
         self.begin, self.start, self.first, self.last = (on(a[user]) for a in (begin, start, first, last))
@@ -147,8 +147,9 @@ class Targets(TorchDataset):
         target, t_off = window_index(self.first[unit], self.last[unit])
         seen, s_off = window_index(self.begin[unit], self.first[unit])
         row = lambda off: torch.repeat_interleave(torch.arange(len(unit), device=off.device), off.diff())
+        pair = torch.unique(row(t_off) * self.n_items + self.items[target])      # an item taken twice is one target
         return Batch(self.user[unit], self.items[history], offsets, torch.from_numpy(self.size[indices]),
-                     target=self.items[target], target_row=row(t_off), seen=self.items[seen], seen_row=row(s_off))
+                     target=pair % self.n_items, target_row=pair // self.n_items, seen=self.items[seen], seen_row=row(s_off))
 
 # %% ../../nbs/data/07_batches.ipynb #c32
 class SequenceData(L.LightningDataModule):

@@ -106,7 +106,8 @@ def read_items_100k(
     archive: Path,
 ) -> pl.DataFrame:
     """item_id, title, categories, year of `u.item`, genres named by `u.genre`."""
-    genres = to_numbers(read_fields(archive, "ml-100k/u.genre", "|", ["genre", "number"]), ["number"], f"{archive}, ml-100k/u.genre").sort("number")["genre"].to_list()
+    genres = to_numbers(read_fields(archive, "ml-100k/u.genre", "|", ["genre", "number"]), ["number"], f"{archive}, ml-100k/u.genre")
+    genres = genres.sort("number")["genre"].to_list()
     flags = [f"genre {genre}" for genre in genres]
     names = ["item_id", "title", "release", "video release", "imdb", *flags]
     table = to_numbers(read_fields(archive, "ml-100k/u.item", "|", names), ["item_id"], f"{archive}, ml-100k/u.item", low=1)

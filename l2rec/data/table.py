@@ -32,7 +32,8 @@ def read_table(
     except FileNotFoundError as error:
         raise DataError(f"{path}: the file is not there (looked from {Path.cwd().name}/). Correct the path.") from error
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise DataError(f"{path}: cannot be read as a table ({str(error).splitlines()[0]}). Check the separator and that each line has as many fields as the header.") from error
+        cause = str(error).splitlines()[0]
+        raise DataError(f"{path}: cannot be read as a table ({cause}). Check the separator and that each line has as many fields as the header.") from error
     raise DataError(f"{path}: files of this kind are not read. Save it as .csv, .tsv or .parquet.")
 
 # %% ../../nbs/data/04_table.ipynb #c08
@@ -50,7 +51,8 @@ def read_ids(
     if ids.dtype in (pl.Categorical, pl.Enum):
         ids = ids.cast(pl.String)
     if ids.dtype != pl.String:
-        raise DataError(f"{where}, column {column}: the type is {ids.dtype}; ids must be whole numbers or texts. Convert the column (a float often means that values are missing).")
+        raise DataError(f"{where}, column {column}: the type is {ids.dtype}; ids must be whole numbers or texts. "
+                        "Convert the column (a float often means that values are missing).")
     refuse(ids.str.strip_chars() == "", where, column, "the id is empty", "Fill it in, or drop the row.")
     numbers = ids.cast(pl.Int64, strict=False)
     return numbers if (numbers.cast(pl.String) == ids).all() and numbers.null_count() == 0 else ids
@@ -144,7 +146,8 @@ def read_items(
         made["brand"] = table[brand].cast(pl.String)
     if year:
         made["year"] = table[year].cast(pl.Int16, strict=False)
-        refuse(made["year"].is_null() & table[year].is_not_null(), where, year, "the year is no whole number", "Write a year such as 1995, or leave the field empty.")
+        wrong = made["year"].is_null() & table[year].is_not_null()
+        refuse(wrong, where, year, "the year is no whole number", "Write a year such as 1995, or leave the field empty.")
     return pl.DataFrame(made) if made else pl.DataFrame({"title": pl.Series([""] * table.height, dtype=pl.String)})
 
 # %% ../../nbs/data/04_table.ipynb #c17

@@ -98,8 +98,9 @@ def judge(
         rows += [(claim.id, e.dataset, claim.paper, claim.statement, claim.mark, claim.experiment, e.value, e.low, e.high, e.relative, e.users, e.seeds,
                   claim.threshold, verdict(e, claim.threshold), e.reason) for e in effects]
     text, real = pl.String, pl.Float64
-    return pl.DataFrame(rows, orient='row', schema={'claim': text, 'dataset': text, 'paper': text, 'statement': text, 'mark': text, 'experiment': text, 'effect': real,
-                        'ci_low': real, 'ci_high': real, 'relative': real, 'users': pl.Int64, 'seeds': text, 'threshold': real, 'verdict': text, 'reason': text})
+    columns = {'claim': text, 'dataset': text, 'paper': text, 'statement': text, 'mark': text, 'experiment': text, 'effect': real, 'ci_low': real,
+               'ci_high': real, 'relative': real, 'users': pl.Int64, 'seeds': text, 'threshold': real, 'verdict': text, 'reason': text}
+    return pl.DataFrame(rows, schema=columns, orient='row')
 
 # %% ../../nbs/reporting/02_claims.ipynb #c14
 def ledger_markdown(

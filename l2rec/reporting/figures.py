@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from .tables import FLOORS, Runs, brief, is_floor, listed, metric_label, model_order, number, slices, summarise, write_whole
+from .tables import FLOORS, Runs, bracket, brief, is_floor, listed, metric_label, model_order, number, slices, summarise, write_whole
 
 # %% ../../nbs/reporting/01_figures.ipynb #c05
 _STYLES = {'popularity': ('#777777', 'v'), 'item-knn': ('#000000', 's'), 'item-knn-last': ('#56B4E9', 'D'), 'ease': ('#CC79A7', '^'),
@@ -73,7 +73,7 @@ def spread(
     out[order] = placed
     return out
 
-# %% ../../nbs/reporting/01_figures.ipynb #c09
+# %% ../../nbs/reporting/01_figures.ipynb #c10
 def direct_labels(
     ax: Axes,
     ends: dict[str, tuple[float, float]], # model -> where its line ends (data coordinates)
@@ -90,7 +90,7 @@ def direct_labels(
                     color=tuple(.7 * c for c in to_rgb(styles[model]['color'])), # darker than its line: thin letters need the contrast
                     arrowprops={'arrowstyle': '-', 'color': styles[model]['color'], 'lw': .7, 'ls': ':', 'shrinkA': 1, 'shrinkB': 4})
 
-# %% ../../nbs/reporting/01_figures.ipynb #c11
+# %% ../../nbs/reporting/01_figures.ipynb #c12
 def save_figure(
     figure: Figure,
     data: pl.DataFrame,   # exactly what is drawn
@@ -104,7 +104,7 @@ def save_figure(
                 write_whole(folder / f'{name}.pdf', lambda p: figure.savefig(p, metadata={'CreationDate': None, 'Producer': None, 'Creator': None})),
                 write_whole(folder / f'{name}.csv', lambda p: data.write_csv(p, float_precision=6))]
 
-# %% ../../nbs/reporting/01_figures.ipynb #c13
+# %% ../../nbs/reporting/01_figures.ipynb #c14
 _AXES = {'history_length': 'interactions before the target', 'target_popularity': 'occurrences of the target in training'}
 
 def slices_figure(
@@ -134,13 +134,14 @@ def slices_figure(
             direct_labels(ax, ends, styles)
     return figure, data
 
-# %% ../../nbs/reporting/01_figures.ipynb #c17
+# %% ../../nbs/reporting/01_figures.ipynb #c19
 LEAST_SECONDS = .01
 
 def accuracy_time(runs: Runs, metric: str = 'test/ndcg@10') -> pl.DataFrame:
     "dataset, model, seconds (mean over seeds, as drawn), mean, ci_low, ci_high."
     time = runs.metrics.filter(metric='time/train_seconds').group_by('dataset', 'model').agg(pl.col('value').mean().clip(lower_bound=LEAST_SECONDS).alias('seconds'))
-    return summarise(runs, [metric]).join(time, on=['dataset', 'model'], maintain_order='left').select('dataset', 'model', 'seconds', 'mean', 'ci_low', 'ci_high').drop_nulls('seconds')
+    both = summarise(runs, [metric]).join(time, on=['dataset', 'model'], maintain_order='left').drop_nulls('seconds')
+    return both.select('dataset', 'model', 'seconds', 'mean', 'ci_low', 'ci_high')
 
 def accuracy_time_figure(runs: Runs, metric: str = 'test/ndcg@10') -> tuple[Figure, pl.DataFrame]:
     "`metric` against training seconds, a point a model, a panel a dataset; and what is drawn."
@@ -160,7 +161,7 @@ def accuracy_time_figure(runs: Runs, metric: str = 'test/ndcg@10') -> tuple[Figu
             direct_labels(ax, ends, styles)
     return figure, data
 
-# %% ../../nbs/reporting/01_figures.ipynb #c20
+# %% ../../nbs/reporting/01_figures.ipynb #c22
 def training_curves(runs: Runs, metric: str = 'validation/ndcg@10') -> pl.DataFrame:
     "dataset, model, seed, epoch, value, best (is it the run's best epoch?) from every history.csv that has `metric`; floors have none."
     parts = []
@@ -174,7 +175,7 @@ def training_curves(runs: Runs, metric: str = 'validation/ndcg@10') -> pl.DataFr
     schema = {'dataset': pl.String, 'model': pl.String, 'seed': pl.Int64, 'epoch': pl.Int64, 'value': pl.Float64, 'best': pl.Boolean}
     return pl.concat(parts) if parts else pl.DataFrame(schema=schema)
 
-# %% ../../nbs/reporting/01_figures.ipynb #c21
+# %% ../../nbs/reporting/01_figures.ipynb #c23
 def training_curves_figure(runs: Runs, metric: str = 'validation/ndcg@10') -> tuple[Figure, pl.DataFrame]:
     "`metric` by epoch, a thin line a seed, a marker at its best epoch, a panel a dataset; and what is drawn. Raises ValueError when no run was trained by epochs."
     data, styles = training_curves(runs, metric), model_styles(runs.models())
@@ -195,7 +196,7 @@ def training_curves_figure(runs: Runs, metric: str = 'validation/ndcg@10') -> tu
             direct_labels(ax, ends, styles)
     return figure, data
 
-# %% ../../nbs/reporting/01_figures.ipynb #c24
+# %% ../../nbs/reporting/01_figures.ipynb #c26
 def describe_slices(
     data: pl.DataFrame, # of `slices_figure`
 ) -> str:
@@ -207,7 +208,7 @@ def describe_slices(
             own = here.filter(slice=i).sort('mean', descending=True, maintain_order=True)
             lead = own.row(0, named=True)
             within = own['model'][1:].filter(own['ci_high'][1:] > lead['ci_low']).to_list()
-            parts.append(f"at {lead['label']} ({lead['users']:,} users) {lead['model']} leads with {number(lead['mean'])} [{number(lead['ci_low'])}, {number(lead['ci_high'])}], "
+            parts.append(f"at {lead['label']} ({lead['users']:,} users) {lead['model']} leads with {number(lead['mean'])} {bracket(lead['ci_low'], lead['ci_high'])}, "
                          + (f'its interval overlapping {len(within)} of {own.height - 1} others' if within else 'no other interval reaching into its own'))
         lines.append(f"- **{dataset}**, by {_AXES.get(here['by'][0], here['by'][0])}: {'; '.join(parts)}.")
     return '\n'.join(lines)
@@ -220,12 +221,15 @@ def describe_accuracy_time(
     for (dataset,), here in data.group_by('dataset', maintain_order=True):
         floor = pl.col('model').str.split('+').list.first().is_in(FLOORS)
         best = [here.filter(which).sort('mean', descending=True, maintain_order=True).head(1).rows(named=True) for which in (~floor, floor)]
-        said = [f"the best {kind} is {r['model']}: {number(r['mean'])} after {brief(r['seconds'])} s" for kind, rows in zip(('trained model', 'floor'), best) for r in rows]
-        if all(best) and best[0][0]['mean'] > 0: said.append(f"the floor reaches {100 * best[1][0]['mean'] / best[0][0]['mean']:.0f} % of the model's accuracy in {brief(100 * best[1][0]['seconds'] / best[0][0]['seconds'])} % of its time")
+        said = [f"the best {kind} is {r['model']}: {number(r['mean'])} after {brief(r['seconds'])} s"
+                for kind, rows in zip(('trained model', 'floor'), best) for r in rows]
+        if all(best) and best[0][0]['mean'] > 0:
+            accuracy, time = (100 * best[1][0][what] / best[0][0][what] for what in ('mean', 'seconds'))
+            said.append(f"the floor reaches {accuracy:.0f} % of the model's accuracy in {brief(time)} % of its time")
         lines.append(f"- **{dataset}**: {'; '.join(said)}.")
     return '\n'.join(lines)
 
-# %% ../../nbs/reporting/01_figures.ipynb #c25
+# %% ../../nbs/reporting/01_figures.ipynb #c27
 def describe_training(
     data: pl.DataFrame, # of `training_curves_figure`
 ) -> str:

@@ -247,7 +247,7 @@ def summarise(
                 rows.append((dataset, model, metric, mean, std if n > 1 else None, n, low, high))
     return pl.DataFrame(rows, schema=LONG, orient='row')
 
-# %% ../../nbs/reporting/00_tables.ipynb #c31
+# %% ../../nbs/reporting/00_tables.ipynb #c32
 def against_best(
     runs: Runs,
     metric: str, # a test metric with per-user values
@@ -265,7 +265,7 @@ def against_best(
         parts.append(tests.select(parts[0].columns))
     return pl.concat(parts)
 
-# %% ../../nbs/reporting/00_tables.ipynb #c34
+# %% ../../nbs/reporting/00_tables.ipynb #c35
 _TEX = {'&': r'\&', '%': r'\%', '_': r'\_', '#': r'\#', '$': r'\$', '±': r'$\pm$', '†': r'$^\dagger$', '–': '--', '≥': r'$\ge$', '×': r'$\times$', '−': '$-$'}
 
 def to_latex(
@@ -299,7 +299,7 @@ class Table:
 
     def _repr_markdown_(self) -> str: return self.markdown()
 
-# %% ../../nbs/reporting/00_tables.ipynb #c36
+# %% ../../nbs/reporting/00_tables.ipynb #c37
 def latex(table: Table) -> str:
     "`table` as a LaTeX `table` environment; needs the package booktabs."
     groups = []   # [group, first column, last column], counted from 1
@@ -320,7 +320,7 @@ def latex(table: Table) -> str:
     caption = to_latex(' '.join((table.caption, *table.notes)))
     return '\n'.join([*lines, r'\bottomrule', r'\end{tabular}', rf'\caption{{{caption}}}', rf'\label{{tab:{table.name}}}', r'\end{table}']) + '\n'
 
-# %% ../../nbs/reporting/00_tables.ipynb #c38
+# %% ../../nbs/reporting/00_tables.ipynb #c39
 def write_whole(
     path: Path,  # file to write
     write: Callable[[Path], None], # writes its content to the path it is given
@@ -348,7 +348,7 @@ def write_table(
             write_whole(folder / f'{table.name}.md', lambda p: p.write_text(table.markdown(), encoding='utf-8')),
             write_whole(folder / f'{table.name}.tex', lambda p: p.write_text(latex(table), encoding='utf-8'))]
 
-# %% ../../nbs/reporting/00_tables.ipynb #c40
+# %% ../../nbs/reporting/00_tables.ipynb #c41
 def summary_cell(
     row: dict,         # of the long table
     place: int | None = None, # 0: best of its column, 1: second
@@ -365,7 +365,7 @@ def seed_counts(long: pl.DataFrame, model: str) -> str:
     n = long.filter(model=model)['n_seeds']
     return str(n.min()) if n.min() == n.max() else f'{n.min()}–{n.max()}'
 
-# %% ../../nbs/reporting/00_tables.ipynb #c42
+# %% ../../nbs/reporting/00_tables.ipynb #c43
 def grid_table(
     name: str, long: pl.DataFrame,
     metrics: Sequence[str], # which of `long`'s metrics the readers' table shows
@@ -388,7 +388,7 @@ def grid_table(
     heads = (('', 'model'), ('', 'seeds'), *((d, metric_label(m)) for d, m in columns))
     return Table(name, long, heads, tuple(rows), caption, tuple(notes))
 
-# %% ../../nbs/reporting/00_tables.ipynb #c44
+# %% ../../nbs/reporting/00_tables.ipynb #c45
 KS = (5, 10, 20)
 SEEN = {'test': 'items of the history removed from the ranking', 'test_seen_kept': 'items of the history kept in the ranking'}
 
@@ -407,7 +407,7 @@ def retrieval_table(
                '†: not distinguishable from the best (paired test over users, Holm-corrected within the column, p ≥ .05).')
     return grid_table(name, long, shown, caption, missing_note(runs), tests=tests)
 
-# %% ../../nbs/reporting/00_tables.ipynb #c48
+# %% ../../nbs/reporting/00_tables.ipynb #c50
 def beyond_accuracy_table(runs: Runs, name: str = 'retrieval-beyond-accuracy') -> Table:
     "Catalogue coverage and popularity lift of the top lists, seen items removed."
     long = summarise(runs, [f'test/{m}@{k}' for m in ('coverage', 'popularity_lift') for k in KS])
@@ -415,7 +415,7 @@ def beyond_accuracy_table(runs: Runs, name: str = 'retrieval-beyond-accuracy') -
                'users\' training interactions. Items of the history removed; mean ± sample standard deviation over seeds. Neither has a best value.')
     return grid_table(name, long, ['test/coverage@10', 'test/popularity_lift@10'], caption, missing_note(runs), ranked=False)
 
-# %% ../../nbs/reporting/00_tables.ipynb #c51
+# %% ../../nbs/reporting/00_tables.ipynb #c54
 def slice_edges(
     values: np.ndarray, # Float[U], one a user
     parts: int = 5,
@@ -423,7 +423,7 @@ def slice_edges(
     "Lower bounds of at most `parts` slices of about equal size; the first is the minimum. Equal values stay together."
     return np.unique(np.sort(values)[np.arange(parts) * len(values) // parts])
 
-# %% ../../nbs/reporting/00_tables.ipynb #c53
+# %% ../../nbs/reporting/00_tables.ipynb #c56
 def slices(
     runs: Runs,
     by: str,     # 'history_length' or 'target_popularity'
@@ -445,7 +445,7 @@ def slices(
                                                     'users': pl.Int64, 'mean': pl.Float64, 'ci_low': pl.Float64, 'ci_high': pl.Float64}).sort(
         'dataset', pl.col('model').replace_strict({m: i for i, m in enumerate(runs.models())}, return_dtype=pl.Int64), 'slice')
 
-# %% ../../nbs/reporting/00_tables.ipynb #c56
+# %% ../../nbs/reporting/00_tables.ipynb #c59
 def slices_table(runs: Runs, name: str = 'retrieval-slices', metric: str = 'test/ndcg@10') -> Table:
     "`metric` by history length and by target popularity: a row a slice, a column a model."
     parts = pl.concat([slices(runs, by, metric) for by in ('history_length', 'target_popularity')])
@@ -463,7 +463,7 @@ def slices_table(runs: Runs, name: str = 'retrieval-slices', metric: str = 'test
     heads = (('', 'dataset'), ('', 'slice'), ('', 'users'), *(('', m) for m in models))
     return Table(name, long, heads, tuple(rows), caption, tuple(missing_note(runs)))
 
-# %% ../../nbs/reporting/00_tables.ipynb #c59
+# %% ../../nbs/reporting/00_tables.ipynb #c62
 def best_parameters(
     provenance: dict, # of a search
 ) -> dict:
@@ -471,7 +471,7 @@ def best_parameters(
     best = provenance.get('parameters', {}).get('best', {})
     return json.loads(best) if isinstance(best, str) else dict(best)
 
-# %% ../../nbs/reporting/00_tables.ipynb #c61
+# %% ../../nbs/reporting/00_tables.ipynb #c64
 def search_table(
     runs: Runs, # of the experiment 'search'
     name: str = 'search',
@@ -495,7 +495,7 @@ def search_table(
     caption = 'The best trial of each search by validation NDCG@10 (one seed; the test part is not looked at), and what the search spent.'
     return Table(name, table, heads, tuple(rows), caption)
 
-# %% ../../nbs/reporting/00_tables.ipynb #c64
+# %% ../../nbs/reporting/00_tables.ipynb #c68
 def efficiency_table(
     runs: Runs, # of the experiment 'efficiency'
     name: str = 'efficiency',
@@ -517,7 +517,7 @@ def efficiency_table(
     heads = (('', 'measure'), ('', 'unit'), ('', 'value'), ('', 'runs'), ('', 'what is divided by what'))
     return Table(name, long, heads, tuple(rows), 'Ratios of times measured in one run on one machine (×), then the times themselves (s).')
 
-# %% ../../nbs/reporting/00_tables.ipynb #c67
+# %% ../../nbs/reporting/00_tables.ipynb #c71
 def listed(names: Iterable[str]) -> str:
     "`a`, `a and b`, `a, b and c`."
     names = list(names)
@@ -538,7 +538,7 @@ def floors_above(
     return pl.DataFrame(rows, orient='row', schema={'dataset': pl.String, 'floor': pl.String, 'model': pl.String,
                                                     'difference': pl.Float64, 'ci_low': pl.Float64, 'ci_high': pl.Float64})
 
-# %% ../../nbs/reporting/00_tables.ipynb #c69
+# %% ../../nbs/reporting/00_tables.ipynb #c73
 def describe_retrieval(runs: Runs, metric: str = 'test/ndcg@10') -> str:
     "Markdown: for each dataset the best model, what it cannot be told from, and every floor that stands above a trained model."
     long, tests, above, lines = summarise(runs, [metric]), against_best(runs, metric), floors_above(runs, metric), []
@@ -559,7 +559,7 @@ def describe_retrieval(runs: Runs, metric: str = 'test/ndcg@10') -> str:
         lines.append('- ' + text)
     return '\n'.join(lines)
 
-# %% ../../nbs/reporting/00_tables.ipynb #c72
+# %% ../../nbs/reporting/00_tables.ipynb #c76
 def describe_seen_kept(runs: Runs, metric: str = 'ndcg@10') -> str:
     "Markdown: what keeping the items of the history in the ranking does to each dataset's models and to their order."
     both = summarise(runs, [f'test/{metric}', f'test_seen_kept/{metric}'])
@@ -587,7 +587,7 @@ def describe_beyond_accuracy(table: Table) -> str:
         if parts: lines.append(f"- **{dataset}**: {'; '.join(parts)}.")
     return '\n'.join(lines)
 
-# %% ../../nbs/reporting/00_tables.ipynb #c75
+# %% ../../nbs/reporting/00_tables.ipynb #c79
 def describe_search(table: Table) -> str:
     "Markdown: was the budget equal, and what did it cost in all?"
     def column(metric): return table.long.filter(metric=metric).select('dataset', 'model', 'mean').rows()

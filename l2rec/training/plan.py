@@ -32,7 +32,7 @@ from .provenance import (code_fingerprint, file_sha256, git_state, notebook_fing
                                        project_root, read_parameters)
 from .records import RecordError, as_json, check_name, record_path, restore, write_bytes, written_whole
 
-# %% ../../nbs/training/06_plan.ipynb #c06
+# %% ../../nbs/training/06_plan.ipynb #c07
 class PlanError(ValueError):
     "A plan, or a request to it, that cannot be followed; the message says where and how to mend it."
 
@@ -67,7 +67,7 @@ class Run:
         "The runs that come first, by experiment: same dataset and model, seed 0, no variant."
         return {name: Run(self.profile, name, self.dataset, self.model) for name in self.needs}
 
-# %% ../../nbs/training/06_plan.ipynb #c07
+# %% ../../nbs/training/06_plan.ipynb #c09
 @dataclass(frozen=True)
 class Report:
     "One report notebook, with what it reads and writes."
@@ -100,7 +100,7 @@ class Plan:
         "The runs whose records a report reads."
         return [run for run in self.runs if run.experiment in report.needs]
 
-# %% ../../nbs/training/06_plan.ipynb #c10
+# %% ../../nbs/training/06_plan.ipynb #c12
 RUN_KEYS = ('experiment', 'dataset', 'model', 'variant', 'seed', 'parameters', 'needs', 'timeout')
 REPORT_KEYS = ('notebook', 'needs', 'tables', 'figures', 'timeout')
 GIVEN = ('profile', 'dataset', 'model', 'variant', 'seed', 'record', 'checkpoints') # what the plan hands to every run
@@ -128,7 +128,7 @@ def notebooks_in(
     "Names of the notebooks in a folder."
     return {path.stem for path in folder.glob('*.ipynb')}
 
-# %% ../../nbs/training/06_plan.ipynb #c12
+# %% ../../nbs/training/06_plan.ipynb #c15
 def check_parameters(
     run: Run, # a run of the plan
     declared: dict, # the notebook's parameters
@@ -166,7 +166,7 @@ def read_runs(
         check_parameters(run, declared, where)
     return runs
 
-# %% ../../nbs/training/06_plan.ipynb #c13
+# %% ../../nbs/training/06_plan.ipynb #c17
 def read_report(
     profile: str, # name of the profile
     entry: dict, # one [[profile.report]]
@@ -205,7 +205,7 @@ def read_plan(
                for i, entry in enumerate(entries.get('report', []), 1)]
     return Plan(profile, tuple(runs), tuple(reports))
 
-# %% ../../nbs/training/06_plan.ipynb #c20
+# %% ../../nbs/training/06_plan.ipynb #c24
 def data_fingerprint(
     dataset: str, # name of a dataset
     root: Path, # the compendium's folder
@@ -240,7 +240,7 @@ def run_fingerprint(
     return dict(notebook=notebook_fingerprint(notebook), code=code_fingerprint(modules, root), parameters={**defaults, **run.parameters},
                 data=data_fingerprint(run.dataset, root), needs={first.key: needs_fingerprint(first.folder(results)) for first in run.needed().values()})
 
-# %% ../../nbs/training/06_plan.ipynb #c21
+# %% ../../nbs/training/06_plan.ipynb #c26
 def read_json(
     path: Path, # a JSON file
 ) -> dict | None: # None if it is missing or damaged
@@ -266,7 +266,7 @@ def why_stale(
     if then.get('data') and now['data'] and then['data'] != now['data']: return 'its data changed'
     return None if then.get('needs') == now['needs'] else 'a run that it needs changed'
 
-# %% ../../nbs/training/06_plan.ipynb #c23
+# %% ../../nbs/training/06_plan.ipynb #c28
 def report_fingerprint(
     plan: Plan, # plan of the profile
     report: Report, # one of its reports
@@ -293,7 +293,7 @@ def why_report_stale(
     gone = next((path for path in report.artefacts(results) if not path.is_file()), None)
     return f'{gone.name} is missing' if gone else None
 
-# %% ../../nbs/training/06_plan.ipynb #c25
+# %% ../../nbs/training/06_plan.ipynb #c30
 @dataclass
 class Work:
     "A plan, and where it is carried out."
@@ -328,7 +328,7 @@ class Work:
         runs = {run.key: run for run in self.plan.runs}
         return runs[check_known(key, runs, f'{self.plan.profile}: run')]
 
-# %% ../../nbs/training/06_plan.ipynb #c28
+# %% ../../nbs/training/06_plan.ipynb #c33
 def makefile_text(
     work: Work, # the plan and its folders
     stale: dict[str, str], # from `Work.stale`
@@ -356,7 +356,7 @@ def makefile_text(
     wishes = [f'{name}: {path}\n\t@:' for name, path in names.items()]
     return '\n\n'.join([head, f'all: {everything}\n\t@:', 'FORCE:', *rules, *wishes]) + '\n'
 
-# %% ../../nbs/training/06_plan.ipynb #c31
+# %% ../../nbs/training/06_plan.ipynb #c37
 def write_makefile(
     work: Work, # the plan and its folders
     want: str | None = None, # 'table-<name>' or 'figure-<name>': checked to exist
@@ -380,7 +380,7 @@ def write_makefile(
         if git_state(work.root)['git_dirty']: say('uncommitted changes: every new record will say so (git_dirty)')
     return path
 
-# %% ../../nbs/training/06_plan.ipynb #c33
+# %% ../../nbs/training/06_plan.ipynb #c40
 class NotebookFailed(RuntimeError):
     "A notebook that raised; the message is one line."
 
@@ -410,7 +410,7 @@ def execute(
         raise NotebookFailed(f'{type(error).__name__}: {" ".join(str(error).split())[:300]}') from None
     return json.loads(output.read_text())
 
-# %% ../../nbs/training/06_plan.ipynb #c35
+# %% ../../nbs/training/06_plan.ipynb #c42
 def known_folders(
     root: Path, # the compendium's folder
 ) -> list[tuple[str, str]]: # text, replacement; longest first
@@ -451,7 +451,7 @@ def clean_executed(
     kernel = dict(display_name='python3', language='python', name='python3')
     return dict(cells=cells, metadata=dict(kernelspec=kernel, language_info=dict(name='python')), nbformat=4, nbformat_minor=5)
 
-# %% ../../nbs/training/06_plan.ipynb #c38
+# %% ../../nbs/training/06_plan.ipynb #c45
 @contextlib.contextmanager
 def locked(
     path: Path, # lock file; stays, empty
@@ -481,7 +481,7 @@ def prepare(
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(mark, as_json(fingerprint))
 
-# %% ../../nbs/training/06_plan.ipynb #c39
+# %% ../../nbs/training/06_plan.ipynb #c47
 def given_parameters(
     work: Work, # the plan and its folders
     run: Run, # the run
@@ -521,7 +521,7 @@ def perform(
         write_bytes(staging / 'notebook.ipynb', as_json(clean_executed(executed, folders)))
     shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../../nbs/training/06_plan.ipynb #c40
+# %% ../../nbs/training/06_plan.ipynb #c49
 def progress(
     number: int, # place in the plan, from 1
     total: int, # length of the plan
@@ -547,7 +547,7 @@ def make_run(
     progress(number, total, run.title, f'{time.perf_counter() - started:.0f} s')
     return True
 
-# %% ../../nbs/training/06_plan.ipynb #c49
+# %% ../../nbs/training/06_plan.ipynb #c59
 def make_report(
     work: Work, # the plan and its folders
     report: Report, # one of its reports
@@ -591,7 +591,7 @@ def keep(
     except OSError as error: raise RecordError(f'{path}: not written, {error.strerror}. Nothing was changed; mend that and run again.') from error
     finally: beside.unlink(missing_ok=True)
 
-# %% ../../nbs/training/06_plan.ipynb #c52
+# %% ../../nbs/training/06_plan.ipynb #c63
 def command_line() -> argparse.ArgumentParser:
     "The arguments of `python -m l2rec.training.plan`."
     parser = argparse.ArgumentParser(prog='python -m l2rec.training.plan', description='The runs and reports of a profile.')
@@ -618,7 +618,7 @@ def clean(
     for run in work.plan.runs: sweep(run.folder(work.results))
     shutil.rmtree(work.top, ignore_errors=True)
 
-# %% ../../nbs/training/06_plan.ipynb #c53
+# %% ../../nbs/training/06_plan.ipynb #c65
 def do(
     arguments: argparse.Namespace, # from `command_line`
 ) -> None:
@@ -656,5 +656,5 @@ def main(
     else: return 0
     return 1
 
-# %% ../../nbs/training/06_plan.ipynb #c57
+# %% ../../nbs/training/06_plan.ipynb #c70
 if __name__ == '__main__' and sys.argv[0] == globals().get('__file__'): sys.exit(main())

@@ -106,6 +106,7 @@ CAUSES = {errno.EACCES: 'this user may not write there', errno.EPERM: 'this user
           errno.EFBIG: 'the file would be larger than is allowed', errno.ENOTDIR: 'a file stands where a folder should be',
           errno.EEXIST: 'a file stands where a folder should be'}
 
+# %% ../../nbs/training/05_records.ipynb #c14
 @contextlib.contextmanager
 def written_whole(
     final: Path, # the folder to be made
@@ -125,7 +126,7 @@ def written_whole(
         raise RecordError(f'{final}: not written, {cause}. Nothing was changed; mend that and run again.') from error
     finally: shutil.rmtree(staging, ignore_errors=True)
 
-# %% ../../nbs/training/05_records.ipynb #c14
+# %% ../../nbs/training/05_records.ipynb #c16
 def checked_metrics(
     metrics: dict[str, float], # name -> value
 ) -> dict[str, float]:
@@ -159,7 +160,7 @@ def as_file(
     table.write_parquet(memory)
     return memory.getvalue()
 
-# %% ../../nbs/training/05_records.ipynb #c15
+# %% ../../nbs/training/05_records.ipynb #c18
 def write_record(
     path: Path | str, # the record's folder, from `record_path`, or as the plan hands it to a notebook
     metrics: dict[str, float], # "test/ndcg@10": 0.0531, ...; finite
@@ -187,7 +188,7 @@ def write_record(
         for name, content in ready.items(): write_bytes(staging / name, content)
     return path
 
-# %% ../../nbs/training/05_records.ipynb #c21
+# %% ../../nbs/training/05_records.ipynb #c25
 @dataclass(frozen=True)
 class Record:
     "One run, read back."
@@ -217,7 +218,7 @@ class Record:
         path = self.path / 'history.csv'
         return pl.read_csv(path) if path.is_file() and path.stat().st_size > 1 else pl.DataFrame()
 
-# %% ../../nbs/training/05_records.ipynb #c22
+# %% ../../nbs/training/05_records.ipynb #c26
 def read_record(
     path: Path | str, # a record's folder
 ) -> Record:
@@ -242,7 +243,7 @@ def find_records(
     top = Path(results) / profile / 'runs' / experiment
     return [read_record(path) for path in sorted(top.glob('*/*/seed-*')) if path.is_dir()]
 
-# %% ../../nbs/training/05_records.ipynb #c23
+# %% ../../nbs/training/05_records.ipynb #c28
 def together(
     tables: Iterable[pl.DataFrame], # one for each record
     what: str, # for the message
