@@ -105,7 +105,7 @@ class SASRec(Retrieval):
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(blocks))
         self.norm = nn.LayerNorm(width, eps=1e-8)
         for weight in self.parameters():
-            if weight.dim() > 1: nn.init.xavier_normal_(weight)
+            if weight.dim() > 1: nn.init.normal_(weight, std=.02)
 
     @classmethod
     def from_split(cls, split: Split, width: int = 64, max_length: int = 50, heads: int = 1, blocks: int = 2, dropout: float = .2) -> "SASRec":

@@ -82,7 +82,8 @@ class RetrievalModule(_Module):
         self._rank(batch, self.model.scores(batch), self.validation, True)
 
     def on_validation_epoch_end(self):
-        for name, value in self.validation.compute().items(): self.log(f"validation/{name}", value, prog_bar=name == "ndcg@10")
+        self.measured = {f"validation/{k}": v for k, v in self.validation.compute().items()}      # exact; Lightning's log is float32
+        for name, value in self.measured.items(): self.log(name, value, prog_bar=name == "validation/ndcg@10")
         self.validation.reset()
 
     def test_step(self, batch, batch_idx):
@@ -91,7 +92,7 @@ class RetrievalModule(_Module):
         self._rank(batch, scores, self.removed, True, self.most)
 
     def on_test_epoch_end(self):
-        self.log_dict({f"test/{k}": v for k, v in self.removed.compute().items()} | {f"test_seen_kept/{k}": v for k, v in self.kept.compute().items()})
+        self.measured = {f"test/{k}": v for k, v in self.removed.compute().items()} | {f"test_seen_kept/{k}": v for k, v in self.kept.compute().items()}
 
 # %% ../../nbs/training/03_modules.ipynb #c09
 class ClickModule(_Module):
@@ -104,12 +105,13 @@ class ClickModule(_Module):
     def validation_step(self, batch, batch_idx): self.validation.update(batch.user, self.model(batch), batch.label)
 
     def on_validation_epoch_end(self):
-        self.log_dict({f"validation/{k}": v for k, v in self.validation.compute().items()})
+        self.measured = {f"validation/{k}": v for k, v in self.validation.compute().items()}
+        self.log_dict(self.measured)
         self.validation.reset()
 
     def test_step(self, batch, batch_idx): self.test_metrics.update(batch.user, self.model(batch), batch.label)
 
-    def on_test_epoch_end(self): self.log_dict({f"test/{k}": v for k, v in self.test_metrics.compute().items()})
+    def on_test_epoch_end(self): self.measured = {f"test/{k}": v for k, v in self.test_metrics.compute().items()}
 
 # %% ../../nbs/training/03_modules.ipynb #c11
 class WholeCheckpoints(TorchCheckpointIO):
@@ -202,17 +204,16 @@ def fit(module: RetrievalModule | ClickModule, data: SequenceData | ClickData,
 # %% ../../nbs/training/03_modules.ipynb #c20
 def validate(module: RetrievalModule | ClickModule, data: SequenceData | ClickData, precision: str | None = None) -> dict[str, float]:
     "Validation metrics. Choices are made by these."
-    return dict(_trainer(precision, False).validate(module, datamodule=data, verbose=False)[0])
+    _trainer(precision, False).validate(module, datamodule=data, verbose=False)
+    return module.measured
 
 # %% ../../nbs/training/03_modules.ipynb #c21
 def evaluate(module: RetrievalModule | ClickModule, data: SequenceData | ClickData, precision: str | None = None, progress: bool = False
              ) -> tuple[dict[str, float], pl.DataFrame]:
     "Test metrics, and those of each user with the columns that reports slice by."
-    trainer, metrics = _trainer(precision, progress), {}
     begin = time.perf_counter()
-    metrics |= trainer.test(module, datamodule=data, verbose=False)[0]
-    metrics["time/rank_seconds"] = time.perf_counter() - begin
-    return metrics, _per_user(module, data.split)
+    _trainer(precision, progress).test(module, datamodule=data, verbose=False)
+    return {**module.measured, "time/rank_seconds": time.perf_counter() - begin}, _per_user(module, data.split)
 
 
 def _per_user(module, split) -> pl.DataFrame:
