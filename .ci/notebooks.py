@@ -162,12 +162,12 @@ body {{ margin: 0; display: flex; font: 16px/1.6 system-ui, sans-serif; color: #
 nav {{ flex: 0 0 15rem; padding: 1.5rem 1rem; border-right: 1px solid #ddd; font-size: .9rem; min-height: 100vh; box-sizing: border-box; }}
 nav h2 {{ font-size: .8rem; margin: 1.2em 0 .2em; color: #666; }} nav a {{ display: block; }} nav a.here {{ font-weight: 600; color: #222; }}
 a {{ color: #0b57a4; text-decoration: none; }} a:hover {{ text-decoration: underline; }} a.anchor-link {{ display: none; }}
-main {{ flex: 1; min-width: 0; max-width: 52rem; padding: 1.5rem 2.5rem 4rem; }}
+main {{ flex: 1; min-width: 0; max-width: 70rem; padding: 1.5rem 2.5rem 4rem; }}
 pre {{ overflow-x: auto; font-size: .85rem; line-height: 1.45; margin: .6em 0; }}
 .highlight, .jp-RenderedText pre, main > div pre {{ background: #f7f7f5; padding: .6em .8em; border-radius: 4px; }}
 .highlight pre, .highlight {{ margin: 0; }} .highlight pre {{ padding: 0; }}
 .jp-OutputArea-output {{ margin: .3em 0 1em 1em; overflow-x: auto; }} .jp-OutputArea-output pre {{ background: none; padding: 0; }}
-.jp-InputPrompt, .jp-OutputPrompt {{ display: none; }} img {{ max-width: 100%; }}
+.prompt, .jp-InputPrompt, .jp-OutputPrompt {{ display: none; }} img {{ max-width: 100%; }}
 blockquote {{ margin: 0 0 1em; color: #555; }} table {{ border-collapse: collapse; }} td, th {{ padding: .15em .7em; border-bottom: 1px solid #ddd; text-align: left; }}
 @media (max-width: 50rem) {{ body {{ display: block; }} nav {{ min-height: 0; border: 0; }} }}
 {pygments}

@@ -235,7 +235,7 @@ def test_search_and_efficiency(tmp_path):
     unequal = tables.search_table(tables.read_experiment(tmp_path, 'demo', 'search', per_user=False))
     assert 'The budgets differ' in tables.describe_search(unequal) and len(unequal.rows) == 3
     efficiency = tables.efficiency_table(tables.read_experiment(tmp_path, 'demo', 'efficiency', per_user=False))
-    assert efficiency.rows[0] == ('full-ranking/made-up-films', '×', '1.21', '1', 'ranking every test user / the bare matrix product and top-k')
+    assert efficiency.rows[0] == ('full-ranking', 'made-up-films', '×', '1.21', '1', 'ranking every test user / the bare matrix product and top-k')
 
 # ---- claims
 

@@ -126,8 +126,8 @@ def example_records(
                                'learning_rate': [.003, .001, .001], 'dropout': [.2, .2 + .1 * i, .5], 'dim': [64, 64, 32]})
         write_record(record_path(results, profile, 'search', datasets[0], model), {'validation/ndcg@10': .06 - .003 * i, 'search/trials': 3, 'search/seconds': 310 + i},
                      history=trials, provenance={'seed': 0, 'parameters': {'best': {'learning_rate': .001, 'dropout': .2 + .1 * i, 'dim': 64}}})
-    what = f'full-ranking/{datasets[-1]}'
-    write_record(record_path(results, profile, 'efficiency', datasets[-1], 'sasrec'), {f'ratio/{what}': 1.21, f'seconds/{what}': .46, f'seconds/bare-product/{datasets[-1]}': .38},
+    what = 'full-ranking'
+    write_record(record_path(results, profile, 'efficiency', datasets[-1], 'sasrec'), {f'ratio/{what}': 1.21, f'seconds/{what}': .46, 'seconds/bare-product': .38},
                  provenance={'seed': 0, 'notes': {f'ratio/{what}': 'ranking every test user / the bare matrix product and top-k'}})
     return Path(results)
 
@@ -504,7 +504,7 @@ def efficiency_table(
     notes = {(key[0], key[1]): runs.records[key].provenance.get('notes') or {} for key in runs.keys()}
     found = runs.metrics.filter(pl.col('metric').str.contains(r'^(ratio|seconds)/')).sort('seed').group_by('dataset', 'model', 'metric', maintain_order=True).agg(
         pl.col('value').mean().alias('mean'), pl.col('value').std(ddof=1).alias('std'), pl.col('seed').n_unique().cast(pl.Int64).alias('n_seeds')).sort(
-        pl.col('metric').str.starts_with('seconds/'), 'metric', 'dataset', 'model')
+        pl.col('metric').str.starts_with('seconds/'), 'dataset', 'metric', 'model')
     if found.is_empty():
         raise ValueError(f"{runs.experiment}: no 'ratio/...' or 'seconds/...' in the records of profile {runs.profile}; run `make reproduce PROFILE={runs.profile}`")
     rows = []
@@ -512,10 +512,10 @@ def efficiency_table(
         kind, _, what = r['metric'].partition('/')
         own = notes[r['dataset'], r['model']]
         said = own.get(r['metric'], own.get(what, '')) if kind == 'ratio' else own.get(r['metric'], '')
-        rows.append((what, '×' if kind == 'ratio' else 's', number(r['mean'], 2 if kind == 'ratio' else 4), str(r['n_seeds']), str(said)))
+        rows.append((what, r['dataset'], '×' if kind == 'ratio' else 's', number(r['mean'], 2 if kind == 'ratio' else 4), str(r['n_seeds']), str(said)))
     long = found.with_columns(pl.lit(None, pl.Float64).alias('ci_low'), pl.lit(None, pl.Float64).alias('ci_high'))
-    heads = (('', 'measure'), ('', 'unit'), ('', 'value'), ('', 'runs'), ('', 'what is divided by what'))
-    return Table(name, long, heads, tuple(rows), 'Ratios of times measured in one run on one machine (×), then the times themselves (s).')
+    heads = (('', 'measure'), ('', 'dataset'), ('', 'unit'), ('', 'value'), ('', 'runs'), ('', 'what is divided by what'))
+    return Table(name, long, heads, tuple(rows), 'Ratios of times (×), both sides of each measured in turn in one run on one machine, then the times themselves (s).')
 
 # %% ../../nbs/reporting/00_tables.ipynb #c71
 def listed(names: Iterable[str]) -> str:
@@ -602,5 +602,5 @@ def describe_search(table: Table) -> str:
 
 def describe_efficiency(table: Table) -> str:
     "Markdown: the ratios in one sentence."
-    ratios = [(row[0], row[2]) for row in table.rows if row[1] == '×']
+    ratios = [(f'{row[0]} on {row[1]}', row[3]) for row in table.rows if row[2] == '×']
     return f"Measured ratios: {listed(f'{name} {value} ×' for name, value in ratios)}." if ratios else 'The records hold times, but no ratio.'

@@ -1,0 +1,124 @@
+"""Every model of the list keeps the retrieval contract."""
+
+import numpy as np
+import pytest
+import torch
+
+from l2rec.data.batches import Clicks, Targets, Windows
+from l2rec.data.splits import leave_last_out, new_users
+from l2rec.training.contracts import Click, Retrieval, build
+from l2rec.training.models import MODELS, model_class, model_path
+from worlds import random_dataset
+
+models = pytest.mark.parametrize("name", MODELS)
+SMALL = dict(sasrec=dict(width=16, max_length=5), gsasrec=dict(width=16, max_length=5, negatives=7))
+SMALL["sasrec-binary"] = SMALL["sasrec"]
+
+
+@pytest.fixture(scope="module")
+def split():
+    return new_users(leave_last_out(random_dataset(n_users=40, seed=1)), .2)
+
+
+def make(name, split, seed=0):
+    return build(model_class(name), split, seed, **SMALL.get(name, {})).eval()
+
+
+@models
+def test_shapes_and_finite_values(name, split):
+    model, units = make(name, split), Targets(split, "test", 5)
+    for size in (1, 7, len(units)):                       # the last users have no history
+        for indices in (np.arange(size), np.arange(len(units) - size, len(units))):
+            batch = units[indices]
+            user, items, scores = model.encode(batch), model.catalogue(), model.scores(batch)
+            assert user.shape == (size, items.shape[1]) and items.shape[0] == split.n_items and scores.shape == (size, split.n_items)
+            assert user.isfinite().all() and items.isfinite().all() and scores.isfinite().all() and scores.is_floating_point()
+            torch.testing.assert_close(user @ items.T, scores, rtol=1e-4, atol=1e-5)
+
+
+@models
+def test_a_user_scores_alone_as_in_company(name, split):
+    model, units = make(name, split), Targets(split, "test", 5)
+    together = model.scores(units[np.arange(len(units))])
+    alone = torch.cat([model.scores(units[np.array([i])]) for i in range(len(units))])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+@models
+def test_nothing_is_known_about_a_user_without_history(name, split):
+    model, units = make(name, split), Targets(split, "test", 5)
+    new = np.flatnonzero(units.size == 0)
+    scores = model.scores(units[new])
+    assert len(new) > 1 and (scores == scores[0]).all()
+    if name != "popularity":
+        assert (scores == 0).all()
+
+
+@models
+def test_a_loss_that_gradients_can_follow_or_none(name, split):
+    model, batch = make(name, split), Windows(split, 5)[np.arange(9)]
+    if not any(p.requires_grad for p in model.parameters()):
+        with pytest.raises(NotImplementedError, match=f"{type(model).__name__} is not trained by gradients"):
+            model.loss(batch)
+        return
+    value, parts = model.loss(batch)
+    assert value.shape == () and value.isfinite() and parts and all(not p.requires_grad for p in parts.values())
+    value.backward()
+    unused = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not unused
+
+
+@models
+def test_weights_come_from_the_seed(name, split):
+    state = lambda seed: torch.cat([v.float().ravel() for v in make(name, split, seed).state_dict().values()])
+    assert state(3).equal(state(3))
+    assert state(3).equal(state(4)) == (not any(p.requires_grad for p in make(name, split).parameters()))
+
+
+@models
+def test_scoring_does_not_change_the_model(name, split):
+    model, units = make(name, split), Targets(split, "test", 5)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    first = model.scores(units[np.arange(5)])
+    model.scores(units[np.arange(9)]).fill_(0)
+    assert all(v.equal(before[k]) for k, v in model.state_dict().items()) and model.scores(units[np.arange(5)]).equal(first)
+
+
+@pytest.mark.parametrize("wrong, near", [("sasrek", "sasrec"), ("item_knn", "item-knn"), ("popular", "popularity")])
+def test_a_typo_in_a_name_is_answered_with_the_nearest(wrong, near):
+    with pytest.raises(ValueError, match=f"no model is called '{wrong}'; did you mean '{near}'"):
+        model_path(wrong)
+    with pytest.raises(ValueError, match="There are: popularity, item-knn"):
+        model_class("qqqqqq")
+
+
+def test_build_names_the_parameter_it_does_not_know(split):
+    with pytest.raises(ValueError, match="SASRec takes no parameter 'widht'; did you mean 'width'.*It takes: width, max_length"):
+        build(model_class("sasrec"), split, widht=3)
+    with pytest.raises(ValueError, match="Popularity takes no parameter 'x'.*It takes: none"):
+        build(model_class("popularity"), split, x=3)
+
+
+def test_contracts_name_what_is_missing(split):
+    class Empty(Retrieval):
+        pass
+
+    class Silent(Click):
+        pass
+
+    for call, name in ((lambda: Empty.from_split(split), "Empty.from_split"), (lambda: Empty().encode(None), "Empty.encode"), (lambda: Empty().catalogue(), "Empty.catalogue"),
+                       (lambda: Silent.from_split(split), "Silent.from_split"), (lambda: Silent()(None), "Silent.forward")):
+        with pytest.raises(NotImplementedError, match=name):
+            call()
+
+
+def test_click_loss_is_binary_cross_entropy(split):
+    class Bias(Click):
+        def forward(self, batch):
+            return batch.candidate.float() / 10 - 1
+
+    batch = Clicks(split)[np.arange(20)]
+    value, parts = Bias().loss(batch)
+    p = 1 / (1 + np.exp(1 - batch.candidate.double().numpy() / 10))
+    label = batch.label.numpy()
+    assert value.item() == pytest.approx(-(label * np.log(p) + (1 - label) * np.log(1 - p)).mean(), rel=1e-5) and parts["log_loss"].item() == value.item()

@@ -1,0 +1,71 @@
+"""The experiment notebooks themselves, executed as people execute them: on a table of one's own, on names with typos, and by the gpu profile at tiny size."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from l2rec.data.dataset import make_dataset, write_dataset
+from l2rec.training.plan import NotebookFailed, execute
+from l2rec.training.records import read_record
+
+ROOT = Path(__file__).resolve().parent.parent
+RETRIEVAL = ROOT / 'nbs/experiments/retrieval.ipynb'
+
+
+def shop(users: int = 60, length: int = 9, items: int = 40) -> pl.DataFrame:
+    "Customers who walk along a ring of articles, as a shop would export them: text ids, dates, any column names."
+    rng = np.random.default_rng(0)
+    at = (rng.integers(0, items, users)[:, None] + np.arange(length)) % items
+    day = np.datetime64('2024-01-01') + np.arange(length)
+    return pl.DataFrame({'customer': [f'c{u:03d}' for u in range(users) for _ in range(length)], 'sku': [f'article {i}' for i in at.ravel()],
+                         'bought': np.tile(day.astype(str), users)})
+
+
+def test_a_table_of_ones_own_becomes_ranked_lists(tmp_path):
+    table, lists = tmp_path / 'orders.csv', tmp_path / 'out/lists.parquet'
+    shop().write_csv(table)
+    execute(RETRIEVAL, tmp_path / 'run.ipynb', dict(table=str(table), columns={'user': 'customer', 'item': 'sku', 'time': 'bought'}, model='sasrec', lr=5e-3,
+                                                    batch_size=16, max_epochs=15, hyperparameters={'width': 32, 'dropout': 0.1}, recommendations=str(lists), k=3), ROOT)
+    found = pl.read_parquet(lists)
+    assert found.columns == ['user_id', 'item_id', 'rank', 'score']
+    assert found.group_by('user_id').len()['len'].to_list() == [3] * 60
+    ordered = found.sort('user_id', 'rank')
+    assert (ordered['score'].diff().filter(ordered['user_id'].diff() == 0) <= 0).all()
+    # the article after a customer's last one is nearly always first: the ring was learnt
+    names = sorted({f'article {i}' for i in range(40)})
+    last = shop().group_by('customer', maintain_order=True).last()['sku'].str.slice(8).cast(pl.Int64)
+    first = [int(names[i - 1].removeprefix('article ')) for i in found.filter(pl.col('rank') == 1).sort('user_id')['item_id']]
+    assert np.mean((last.to_numpy() + 1) % 40 == np.array(first)) > .8
+
+
+@pytest.mark.parametrize('given, words', [
+    (dict(model='sasrce'), "did you mean 'sasrec'"),
+    (dict(dataset='ml-100'), 'ml-100k'),
+    (dict(model='sasrec', hyperparameters={'widht': 8}), "did you mean 'width'"),
+])
+def test_a_wrong_parameter_is_named(tmp_path, given, words, monkeypatch):
+    monkeypatch.setenv('L2REC_DATA', str(tmp_path / 'nothing'))
+    with pytest.raises(NotebookFailed) as error: execute(RETRIEVAL, tmp_path / 'run.ipynb', given, ROOT)
+    assert words in str(error.value)
+
+
+def test_the_gpu_profile_runs_at_tiny_size(tmp_path):
+    "Search and retrieval of the gpu profile with its own parameters, on a tiny dataset under a real one's name."
+    t = shop(length=12)
+    write_dataset(make_dataset('ml-1m', pl.DataFrame({'user_id': np.repeat(np.arange(60), 12), 'item_id': t['sku'].str.slice(8).cast(pl.Int64), 'position': np.tile(np.arange(12), 60)})),
+                  tmp_path / 'data/ml-1m')
+    environment = {**os.environ, 'L2REC_DATA': str(tmp_path / 'data'), 'OMP_NUM_THREADS': '1'}
+    for key in ('search/ml-1m/sasrec/seed-0', 'retrieval/ml-1m/sasrec/seed-1'):
+        done = subprocess.run([sys.executable, '-m', 'l2rec.training.plan', 'run', '--profile', 'gpu', '--results', str(tmp_path / 'results'), key],
+                              cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    record = read_record(tmp_path / 'results/gpu/runs/retrieval/ml-1m/sasrec/seed-1')
+    chosen = json.loads((tmp_path / 'results/gpu/runs/search/ml-1m/sasrec/seed-0/chosen.json').read_text())
+    assert record.metrics['test/ndcg@10'] > .5 and record.per_user().height == 60
+    assert record.provenance['parameters']['hyperparameters'] == chosen['hyperparameters'] and record.provenance['parameters']['windows'] == 'all'
+    assert record.provenance['fingerprint']['needs'].keys() == {'search/ml-1m/sasrec/seed-0'}
