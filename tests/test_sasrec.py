@@ -281,13 +281,13 @@ def test_the_start_is_small_for_every_matrix():
     assert all(p.std().item() == pytest.approx(.02, rel=.15) for p in model.parameters() if p.dim() > 1)
 
 
-@pytest.mark.parametrize("cls", [SASRec, BinarySASRec, GSASRec])
-def test_every_loss_learns_the_order_of_a_ring(cls):
-    split = leave_last_out(ring(200, 20, 10))
-    losses, model = curve(cls, split, epochs=30, lr=1e-2, width=32)
-    batch = Targets(split, "test", 12)[np.arange(200)]
+@pytest.mark.parametrize("cls, sampling", [(SASRec, {}), (BinarySASRec, {}), (GSASRec, dict(negatives=4))])
+def test_every_loss_learns_the_order_of_a_ring(cls, sampling):
+    split = leave_last_out(ring(150, 20, 10))
+    losses, model = curve(cls, split, epochs=60, lr=3e-3, width=32, **sampling)
+    batch = Targets(split, "test", 12)[np.arange(150)]
     step = (model.scores(batch).argmax(1) - batch.history[batch.offsets[1:] - 1]) % 20
-    assert (step == 1).float().mean() > .7 and losses[-1] < losses[0]
+    assert (step == 1).float().mean() > .6 and losses[-1] < losses[0]
 
 
 def test_new_users_train_nothing():
