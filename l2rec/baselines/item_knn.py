@@ -32,7 +32,7 @@ def cosine_counts(split: Split, shrink: float = 20.) -> np.ndarray:
     "S of the formula above, float32 [I, I]."
     if shrink < 0: raise ValueError(f"shrink={shrink}: at least 0")
     x = interaction_matrix(split)
-    both = (x.T @ x).toarray()
+    both = (x.T @ x).toarray(order="C")      # rows in one piece: they are gathered when users are scored
     scale = 1 / np.sqrt(np.maximum(both.diagonal() + shrink, 1e-12))
     both *= scale[:, None]
     both *= scale

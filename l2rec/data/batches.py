@@ -205,6 +205,7 @@ class Clicks(TorchDataset):
     "Click batches of `part`: `clicks[indices]` is a `ClickBatch`."
 
     def __init__(self, split: Split, part: str = "train", max_length: int = 100, above: float = 3., device="cpu"):
+        if max_length < 1: raise ValueError(f"max_length={max_length}: at least 1")
         if split.rating is None: raise ValueError(f"split {split.name!r}: clicks need a rating at every interaction, and the data has none or gaps")
         first, last = split.bounds(part)
         keep = last > first if part != "train" else (last > first) & split.train_user

@@ -8,7 +8,7 @@ __all__ = ['RUN_KEYS', 'REPORT_KEYS', 'GIVEN', 'PlanError', 'Run', 'Report', 'Pl
            'run_fingerprint', 'read_json', 'why_stale', 'report_fingerprint', 'why_report_stale', 'Work',
            'makefile_text', 'write_makefile', 'NotebookFailed', 'share_threads', 'execute', 'known_folders',
            'clean_text', 'clean_executed', 'locked', 'sweep', 'prepare', 'given_parameters', 'perform', 'progress',
-           'make_run', 'make_report', 'keep', 'command_line', 'show', 'clean', 'do', 'main']
+           'make_run', 'make_report', 'keep', 'accept', 'command_line', 'show', 'clean', 'do', 'main']
 
 # %% ../../nbs/training/06_plan.ipynb #c03
 import argparse
@@ -592,14 +592,35 @@ def keep(
     finally: beside.unlink(missing_ok=True)
 
 # %% ../../nbs/training/06_plan.ipynb #c63
+def accept(
+    work: Work, # the plan and its folders
+    name: str, # part of the keys of the runs that are meant: 'retrieval/ml-1m', or '' for all
+    why: str | None, # why the change leaves their numbers alone
+) -> list[str]: # keys of the accepted runs
+    "Take the records whose code alone changed as today's, stating why in their provenance. PlanError without a reason."
+    if not why or len(why) < 20: raise PlanError('accept: say why the change cannot move the numbers, in a sentence: --why "..."')
+    accepted = []
+    for run in work.plan.runs:
+        folder, now = run.folder(work.results), work.fingerprint(run)
+        if name not in run.key or why_stale(now, folder) != 'its code changed': continue
+        provenance = json.loads((folder / 'provenance.json').read_text())
+        then = provenance['fingerprint']
+        if why_stale({**now, 'code': then['code']}, folder): continue
+        note = dict(why=why, on=time.strftime('%Y-%m-%d'), code_was=then['code'])
+        keep(folder / 'provenance.json', as_json({**provenance, 'fingerprint': {**then, 'code': now['code']}, 'accepted': [*provenance.get('accepted', []), note]}))
+        accepted.append(run.key)
+    return accepted
+
+# %% ../../nbs/training/06_plan.ipynb #c68
 def command_line() -> argparse.ArgumentParser:
     "The arguments of `python -m l2rec.training.plan`."
     parser = argparse.ArgumentParser(prog='python -m l2rec.training.plan', description='The runs and reports of a profile.')
-    parser.add_argument('do', choices=('list', 'make', 'run', 'report', 'clean'), help='what to do')
-    parser.add_argument('name', nargs='?', help='run: <experiment>/<dataset>/<model>[+<variant>]/seed-<k>; report: its notebook')
+    parser.add_argument('do', choices=('list', 'make', 'run', 'report', 'accept', 'clean'), help='what to do')
+    parser.add_argument('name', nargs='?', help='run: <experiment>/<dataset>/<model>[+<variant>]/seed-<k>; report: its notebook; accept: part of the names meant')
     parser.add_argument('--profile', default='demo', help='profile of nbs/experiments/plan.toml (default: demo)')
     parser.add_argument('--results', default='results', help='results folder (default: results)')
     parser.add_argument('--want', help='make: a table-<name> or figure-<name> that must exist')
+    parser.add_argument('--why', help='accept: why a change of code cannot have moved the numbers')
     parser.add_argument('--without-needs', action='store_true', help='run: do without the runs that it needs; the notebook takes its defaults')
     return parser
 
@@ -618,7 +639,7 @@ def clean(
     for run in work.plan.runs: sweep(run.folder(work.results))
     shutil.rmtree(work.top, ignore_errors=True)
 
-# %% ../../nbs/training/06_plan.ipynb #c65
+# %% ../../nbs/training/06_plan.ipynb #c70
 def do(
     arguments: argparse.Namespace, # from `command_line`
 ) -> None:
@@ -630,6 +651,7 @@ def do(
     if arguments.do == 'list': show(work)
     elif arguments.do == 'make': write_makefile(work, arguments.want)
     elif arguments.do == 'clean': clean(work)
+    elif arguments.do == 'accept': print('\n'.join(accept(work, arguments.name or '', arguments.why)) or 'nothing to accept')
     elif arguments.do == 'report':
         share_threads()
         reports = {report.notebook: report for report in work.plan.reports}
@@ -656,5 +678,5 @@ def main(
     else: return 0
     return 1
 
-# %% ../../nbs/training/06_plan.ipynb #c70
+# %% ../../nbs/training/06_plan.ipynb #c75
 if __name__ == '__main__' and sys.argv[0] == globals().get('__file__'): sys.exit(main())

@@ -23,7 +23,7 @@ from .contracts import Retrieval
 def recommend(model: Retrieval, split: Split,
               k: int = 10,                       # items of each list
               users: np.ndarray | None = None,   # canonical user ids; None: everybody
-              max_length: int = 50,              # newest items that the model reads
+              max_length: int | None = None,     # newest items that the model reads; None: as many as it can
               keep_seen: bool = False,           # may a list hold items of the history?
               batch_size: int = 512,
               ) -> pl.DataFrame:
@@ -32,6 +32,7 @@ def recommend(model: Retrieval, split: Split,
     wanted = split.user_id if users is None else np.asarray(users)
     row = np.searchsorted(split.user_id, wanted).clip(max=split.n_users - 1)
     if (split.user_id[row] != wanted).any(): raise ValueError(f"user {wanted[split.user_id[row] != wanted][0]} is not in the data")
+    reads = max_length or getattr(model, "max_length", len(split.items))
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     items, model = torch.from_numpy(split.items).to(device), model.eval()
     tables = []
@@ -39,7 +40,7 @@ def recommend(model: Retrieval, split: Split,
         u = row[at:at + batch_size]
         end = split.offsets[u + 1]
         begin = np.where(split.new_user[u], end, split.offsets[u])
-        index, offsets = window_index(*(torch.from_numpy(a).to(device) for a in (np.maximum(begin, end - max_length), end)))
+        index, offsets = window_index(*(torch.from_numpy(a).to(device) for a in (np.maximum(begin, end - reads), end)))
         batch = Batch(torch.from_numpy(u).to(device), items[index], offsets, offsets.diff().cpu())
         seen, s_off = window_index(*(torch.from_numpy(a).to(device) for a in (begin, end)))
         scores = model.scores(batch)
