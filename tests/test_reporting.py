@@ -129,8 +129,9 @@ def test_a_partial_grid_is_drawn_and_said(runs):
     table = tables.retrieval_table(partial, shown=('ndcg@10',))
     assert cell(table, 'popularity', 'b') == '–' and '±' not in cell(table, 'sasrec', 'b')
     assert next(r for r in table.rows if r[0] == 'sasrec')[1] == '1–2'
-    assert '2 of 8 runs are missing (b/popularity/seed-0, b/sasrec/seed-1)' in table.markdown()
-    assert 'are missing' in tables.latex(table)
+    assert 'of 8 combinations of dataset, model and seed, 2 have no record: b/popularity, b/sasrec.' in table.markdown()
+    assert 'have no record' in tables.latex(table)
+    assert tables.missing_note(runs.without('b', 'sasrec'))[0].count('b/sasrec (2)') == 1
     assert tables.missing_note(runs) == []
     for by in ('history_length', 'target_popularity'): assert figures.slices_figure(partial, by)[1].filter(dataset='b')['model'].n_unique() == 2
 

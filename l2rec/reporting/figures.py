@@ -105,7 +105,7 @@ def save_figure(
                 write_whole(folder / f'{name}.csv', lambda p: data.write_csv(p, float_precision=6))]
 
 # %% ../../nbs/reporting/01_figures.ipynb #c14
-_AXES = {'history_length': 'interactions before the target', 'target_popularity': 'occurrences of the target in training'}
+_AXES = {'history_length': 'interactions before the target (n users)', 'target_popularity': 'occurrences of the target in training (n users)'}
 
 def slices_figure(
     runs: Runs,
@@ -127,7 +127,7 @@ def slices_figure(
                 ax.plot(x, mean, **styles[model])
                 ends[model] = (x[-1], mean[-1])
             first = here.filter(model=models[0]).sort('slice')
-            ax.set_xticks(first['slice'].to_list(), [f'{label}\n({n:,} users)' for label, n in first.select('label', 'users').rows()], fontsize=8)
+            ax.set_xticks(first['slice'].to_list(), [f'{label}\nn={n:,}' for label, n in first.select('label', 'users').rows()], fontsize=8)
             ax.set_ylim(bottom=0)
             ax.set(xlabel=_AXES.get(by, by), ylabel=metric_label(metric))
             ax.grid(axis='x', visible=False)

@@ -16,6 +16,7 @@ __all__ = ['FLOORS', 'EXAMPLE_STRENGTH', 'RESAMPLES', 'LONG', 'KS', 'SEEN', 'is_
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -157,6 +158,12 @@ class Runs:
         gone = (pl.col('dataset') == dataset) & (pl.col('model') == model) & (pl.lit(True) if seed is None else pl.col('seed') == seed)
         return replace(self, metrics=self.metrics.filter(~gone), per_user=self.per_user if self.per_user.is_empty() else self.per_user.filter(~gone))
 
+    def plain(self) -> 'Runs':
+        "These runs less the variants (`model+variant`), for figures that would be crowded."
+        keep = ~pl.col('model').str.contains('+', literal=True)
+        return replace(self, metrics=self.metrics.filter(keep), per_user=self.per_user if self.per_user.is_empty() else self.per_user.filter(keep),
+                       records={key: record for key, record in self.records.items() if '+' not in key[1]})
+
 # %% ../../nbs/reporting/00_tables.ipynb #c18
 def named(model: str, variant: str | None) -> str:
     "`model+variant`, as the record's folder has it."
@@ -190,7 +197,10 @@ def missing_note(runs: Runs) -> list[str]:
     "One sentence for a table's notes when the grid has holes, else nothing."
     gaps = missing_runs(runs)
     if not gaps: return []
-    return [f'**Incomplete**: {len(gaps)} of {len(gaps) + len(runs.keys())} runs are missing ({", ".join(gaps)}); `make reproduce PROFILE={runs.profile}` runs them.']
+    cells = Counter(gap.rpartition('/')[0] for gap in gaps)
+    return [f'**No full grid**: of {len(gaps) + len(runs.keys())} combinations of dataset, model and seed, {len(gaps)} have no record: '
+            f'{", ".join(f"{cell} ({n})" if n > 1 else cell for cell, n in cells.items())}. '
+            f'Those that the plan lists are run by `make reproduce PROFILE={runs.profile}`.']
 
 # %% ../../nbs/reporting/00_tables.ipynb #c25
 RESAMPLES = 2_000   # of the users, for an interval; the order of magnitude at which its ends stand still in the digits shown
