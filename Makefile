@@ -44,7 +44,7 @@ bench-env: .venv-bench/.complete ## RecTools in .venv-bench, for the comparison 
 .venv-bench/.complete: Makefile
 	@[ -e "$@" ] || "$(PYTHON)" -m venv --clear .venv-bench
 	@.venv-bench/bin/python $(PIP) torch==2.13.0
-	@.venv-bench/bin/python $(PIP) 'rectools[torch]==0.19.0' torch==2.13.0 pyarrow
+	@.venv-bench/bin/python $(PIP) 'rectools[torch]==0.19.0' torch==2.13.0
 	@touch "$@"
 
 # --- results ----------------------------------------------------------------------------------------------------------
