@@ -107,10 +107,12 @@ def test_slots_count_real_positions_once():
     assert count["real"] <= count["packed"] <= count["padded"] == 12 * len(Windows(data.split, 12))
 
 
-def test_training_interactions_are_what_training_sees():
+@pytest.mark.parametrize("window", [1, 3, 1000])
+def test_training_interactions_are_what_training_sees(window):
     split = new_users(small_split(), 0.3, seed=1)
-    table, known = training_interactions(split)
-    expected = [(u, int(split.items[i]), p) for u in range(split.n_users) if not split.new_user[u] for p, i in enumerate(range(split.offsets[u], split.train_end[u]))]
+    table, known = training_interactions(split, window)
+    newest = lambda u: range(max(split.offsets[u], split.train_end[u] - window - 1), split.train_end[u])
+    expected = [(u, int(split.items[i]), p) for u in range(split.n_users) if not split.new_user[u] and len(newest(u)) > 1 for p, i in enumerate(newest(u))]
     assert list(zip(table["user"].tolist(), known[table["item"]].tolist(), table["position"].tolist())) == expected
     assert known.tolist() == sorted({item for _, item, _ in expected})
 

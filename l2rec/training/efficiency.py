@@ -178,10 +178,11 @@ def rectools_weights(model: SASRec) -> dict[str, np.ndarray]:
     return {name: value.detach().numpy() for name, value in found.items()}
 
 # %% ../../nbs/training/08_efficiency.ipynb #c25
-def training_interactions(split: Split) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    "user, item and position of every visible training interaction, int64 [N] each, with items numbered anew; and the item row of each new number, ascending."
+def training_interactions(split: Split, max_length: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    "user, item and position of the training interactions in everybody's newest window, int64 [N] each, with items numbered anew; and the item row of each new number, ascending."
     start, end = split.bounds("train")
-    length = np.where(split.train_user & ~split.new_user, end - start, 0)
+    length = np.where(split.train_user & ~split.new_user & (end - start > 1), np.minimum(end - start, max_length + 1), 0)
+    start = end - length
     user = np.repeat(np.arange(split.n_users), length)
     position = np.arange(len(user)) - np.repeat(np.cumsum(length) - length, length)
     known, item = np.unique(split.items[start[user] + position], return_inverse=True)
@@ -202,7 +203,7 @@ class RecTools:
         self.folder = tempfile.TemporaryDirectory()
         self.process = None
         self.data = str(Path(self.folder.name, "interactions.npz"))
-        table, self.known = training_interactions(self.split)
+        table, self.known = training_interactions(self.split, self.options["max_length"])
         np.savez(self.data, **table)
         return self
 
