@@ -305,7 +305,7 @@ class Table:
 
     def numeric(self) -> list[bool]:
         "Which columns hold numbers only, and so are aligned right."
-        return [all(re.fullmatch(r'[-–\d.,±†×\[\] e]*|', re.sub(r'<br>|</?u>|\*', '', row[i])) for row in self.rows) for i in range(len(self.columns))]
+        return [all(re.fullmatch(r'[-+–\d.,±†×\[\] e]*|', re.sub(r'<br>|</?u>|\*', '', row[i])) for row in self.rows) for i in range(len(self.columns))]
 
     def _repr_markdown_(self) -> str: return self.markdown()
 

@@ -18,6 +18,11 @@ MODELS = {
     "sasrec":        "l2rec.baselines.sasrec:SASRec",
     "sasrec-binary": "l2rec.baselines.sasrec_binary:BinarySASRec",
     "gsasrec":       "l2rec.baselines.gsasrec:GSASRec",
+    "basednn":       "l2rec.mail.rankers:BaseDNN",
+    "dmr":           "l2rec.mail.attention_rankers:DMR",
+    "din":           "l2rec.mail.attention_rankers:DIN",
+    "deepfm":        "l2rec.mail.crossing_rankers:DeepFM",
+    "dcnv2":         "l2rec.mail.crossing_rankers:DCNv2",
 }
 
 # %% ../../nbs/training/02_models.ipynb #c04
