@@ -181,7 +181,7 @@ def test_the_papers_pattern(runs, gains):
     assert 'a gain for 0 and a loss for 2 of 2 rankers' in weak and '**Above MAIL-None for new users: ' in weak and 'BaseDNN + LLAE (by .' in weak
 
 def test_attributes_switches_virtual_and_cost(made, runs):
-    dropped = cold_start.attributes_table(tables.read_experiment(made, 'demo', 'cold_start_attributes'), runs)
+    dropped = cold_start.attributes_table(runs)
     assert [(r[1], r[2]) for r in dropped.rows] == [('BaseDNN + MAIL-Base', a) for a in ('age', 'gender', 'occupation')]
     assert 'lowest without age' in cold_start.describe_attributes(dropped)
     with pytest.raises(ValueError, match='no run of cold_start has a variant of MAIL-Base'): cold_start.switches_table(runs)
@@ -226,15 +226,13 @@ def test_hidden_codes(runs):
     with pytest.raises(ValueError, match='codes.csv'): cold_start.codes_figure(codes.clear())
 
 def test_shares(made, runs):
-    shares = tables.read_experiment(made, 'demo', 'cold_start_share')
-    assert cold_start.share_gains(shares)['share'].to_list() == [10, 20, 60, 80]
-    found = cold_start.share_gains(shares, runs)
+    found = cold_start.share_gains(runs)
     assert found['share'].to_list() == [10, 20, 40, 60, 80] and np.allclose(found['with_arm'] - found['alone'], found['gain'])
     main = row(cold_start.paired(runs, 'made-up-films', 'basednn+mail-base', 'basednn'), metric='new/auc')
     assert row(found, share=40)['gain'] == main['mean'] and found['users'].is_sorted()
     assert 'with 10 % new users and' in cold_start.describe_shares(found)
-    lonely = cold_start.share_gains(shares.without('made-up-films', 'basednn+share-20'))   # no ranker alone at 20 %
-    assert lonely['share'].to_list() == [10, 60, 80]
+    lonely = cold_start.share_gains(runs.without('made-up-films', 'basednn+share-20'))   # no ranker alone at 20 %
+    assert lonely['share'].to_list() == [10, 40, 60, 80]
 
 # ---- claims
 
@@ -257,7 +255,6 @@ def test_level_and_not_worse(runs, monkeypatch, low, high, level, worse):
         assert claims.verdict(effect, -cold_start.MARGIN) == expected and effect.low <= effect.value <= effect.high
 
 def test_nothing_was_run(tmp_path):
-    assert cold_start.read_if_there(tmp_path, 'gpu', 'cold_start') is None and '`cold_start`' in cold_start.absent('gpu', 'cold_start')
     assert set(claims.judge(tmp_path, 'gpu', cold_start.MAIL_CLAIMS)['verdict']) == {'not testable here'}
 
 # ---- the report notebooks
@@ -274,7 +271,7 @@ def report(name, results, profile='demo'):
 
 def test_the_reports_of_a_full_set(own):
     text = report('cold_start', own)
-    assert 'Not drawn: profile demo holds no record of the experiment `cold_start_time`' in text and text.count('Not drawn') == 2   # no switches either
+    assert 'Not drawn: no run is under the rule "one cut in time for everybody"' in text and text.count('Not drawn') == 3   # no switches and no counts either
     names = {p.name for p in (own / 'demo').glob('*/*') if p.is_file()}
     for name in ('cold-start', 'cold-start-pattern', 'cold-start-attributes', 'cold-start-virtual', 'cold-start-cost'): assert {f'{name}.{s}' for s in ('csv', 'md', 'tex')} <= names
     for name in ('cold-start-auc', 'cold-start-gauc', 'loss-curves', 'codes', 'share-curve'): assert {f'{name}.{s}' for s in ('csv', 'png', 'pdf')} <= names
@@ -284,7 +281,6 @@ def test_the_reports_of_a_full_set(own):
 
 def test_the_report_of_rankers_alone_with_one_seed(own):
     runs = own / 'demo' / 'runs'
-    for path in runs.glob('cold_start_*'): shutil.rmtree(path)
     for path in (runs / 'cold_start').glob('*/*'):
         if '+' in path.name: shutil.rmtree(path)
         else: shutil.rmtree(path / 'seed-1')

@@ -349,7 +349,7 @@ def test_sylvester_says_when_it_does_not_get_there():
 @pytest.mark.parametrize("encoder", [.3, 1., 20.])
 def test_llae_solves_its_normal_equations(encoder):
     x, s = problem()
-    w, _ = llae(x, s, encoder=encoder, penalty=0, corrupt=0)
+    w, _ = llae(x, s, encoding=encoder, penalty=0, corrupt=0)
     x, s = unit_rows(x).toarray().T, s.toarray().T                                  # columns are users, as in the paper
     left, right = s @ s.T @ w + encoder * w @ x @ x.T, (1 + encoder) * s @ x.T
     np.testing.assert_allclose(left, right, atol=1e-6 * np.abs(right).max())
@@ -371,7 +371,7 @@ def slow_llae(x, s, encoder, beta, rank, rounds, noisy):
 @pytest.mark.parametrize("corrupt", [0., .3])
 def test_llae_is_the_authors_alternation(rank, corrupt):
     x, s = problem()
-    w, values = llae(x, s, encoder=2., penalty=.5, rank=rank, corrupt=corrupt, seed=4)
+    w, values = llae(x, s, encoding=2., penalty=.5, rank=rank, corrupt=corrupt, seed=4)
     noisy = x.copy()
     noisy.data = noisy.data * (np.random.default_rng(4).random(noisy.nnz) >= corrupt)
     expected, slow = slow_llae(x.toarray().T, s.toarray().T, 2., .5 * 40, rank, 5, noisy.toarray().T)
@@ -393,7 +393,7 @@ def test_llae_is_where_gradient_descent_ends():
     np.testing.assert_allclose(values, [value.item()], rtol=1e-9)
 
 
-@pytest.mark.parametrize("wrong", [dict(encoder=-1.), dict(penalty=-1.), dict(rank=0), dict(rounds=0), dict(corrupt=1.)])
+@pytest.mark.parametrize("wrong", [dict(encoding=-1.), dict(penalty=-1.), dict(rank=0), dict(rounds=0), dict(corrupt=1.)])
 def test_llae_bad_parameters(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         llae(*problem(), **wrong)

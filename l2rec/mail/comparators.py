@@ -143,7 +143,7 @@ def unit_rows(x: sparse.csr_array) -> sparse.csr_array:
 
 def llae(x: sparse.csr_array,      # [n, I], behaviour of users
          s: sparse.csr_array,      # [n, K], their attributes
-         encoder: float = 1.,      # lambda, weight of the encoder's error
+         encoding: float = 1.,     # lambda, weight of the encoder's error
          penalty: float = .25,     # beta / n, on the singular values after the first `rank`; 0 = none
          rank: int = 5,            # r
          rounds: int = 5,          # of the alternation
@@ -151,7 +151,7 @@ def llae(x: sparse.csr_array,      # [n, I], behaviour of users
          seed: int = 0,            # of the corruption
          ) -> tuple[np.ndarray, list[float]]:
     "W, float64 [K, I], and J after each round (Li et al. 2019)."
-    for name, value in dict(encoder=encoder, penalty=penalty).items():
+    for name, value in dict(encoding=encoding, penalty=penalty).items():
         if value < 0: raise ValueError(f"{name}={value}: at least 0")
     if rank < 1 or rounds < 1: raise ValueError(f"rank={rank}, rounds={rounds}: at least 1")
     if not 0 <= corrupt < 1: raise ValueError(f"corrupt={corrupt}: at least 0 and below 1")
@@ -161,12 +161,12 @@ def llae(x: sparse.csr_array,      # [n, I], behaviour of users
     gram, to_x, to_noisy = (s.T @ s).toarray(), (s.T @ x).toarray(), (s.T @ noisy).toarray()
     u, w, values, beta = np.zeros_like(gram), None, [], penalty * x.shape[0]
     for _ in range(rounds if penalty else 1):
-        w = sylvester(gram + beta * u, noisy, to_x + encoder * to_noisy, encoder, w)
+        w = sylvester(gram + beta * u, noisy, to_x + encoding * to_noisy, encoding, w)
         square, vector = np.linalg.eigh(w @ w.T)                                      # squared singular values, ascending
         u = np.eye(len(w)) - vector[:, -rank:] @ vector[:, -rank:].T
-        decoding = (x * x).sum() - 2 * (w * to_x).sum() + (w * (gram @ w)).sum()      # |X - W^T S|^2
-        encoding = ((noisy @ w.T - s.toarray()) ** 2).sum()                           # |W X~ - S|^2
-        values.append(float(decoding + encoder * encoding + beta * square[:-rank].clip(0).sum()))
+        decoding_error = (x * x).sum() - 2 * (w * to_x).sum() + (w * (gram @ w)).sum()      # |X - W^T S|^2
+        encoding_error = ((noisy @ w.T - s.toarray()) ** 2).sum()                           # |W X~ - S|^2
+        values.append(float(decoding_error + encoding * encoding_error + beta * square[:-rank].clip(0).sum()))
     return w, values
 
 # %% ../../nbs/mail/07_comparators.ipynb #c23
@@ -174,12 +174,12 @@ class LLAE(Fill):
     "Low-rank linear auto-encoder between behaviour and attributes (Li et al. 2019); the items it predicts are the behaviour."
 
     def __init__(self, ranker: Ranker, features: Features,
-                 encoder: float = 1., penalty: float = .25, rank: int = 5, rounds: int = 5, corrupt: float = .05, seed: int = 0, # see `llae`
+                 encoding: float = 1., penalty: float = .25, rank: int = 5, rounds: int = 5, corrupt: float = .05, seed: int = 0, # see `llae`
                  length: int | None = None, # items of a virtual behaviour; None = all slots
                  above: float = 3.):        # a rating above this is a like
         super().__init__(ranker, features)
         if length is not None and not 1 <= length <= ranker.slots: raise ValueError(f"length={length}: 1 to {ranker.slots}, the slots of the ranker")
-        self.parameters_of_llae = dict(encoder=encoder, penalty=penalty, rank=rank, rounds=rounds, corrupt=corrupt, seed=seed)
+        self.parameters_of_llae = dict(encoding=encoding, penalty=penalty, rank=rank, rounds=rounds, corrupt=corrupt, seed=seed)
         self.length, self.above, self._split, self._best = length or ranker.slots, above, None, None
         self.register_buffer("weight", torch.zeros(ranker.embeddings.attribute.num_embeddings, ranker.embeddings.n_items))   # W; zero until prepared: nothing is filled
 

@@ -18,6 +18,7 @@ MODELS = {
     "sasrec":        "l2rec.baselines.sasrec:SASRec",
     "sasrec-binary": "l2rec.baselines.sasrec_binary:BinarySASRec",
     "gsasrec":       "l2rec.baselines.gsasrec:GSASRec",
+    "like-rate":     "l2rec.mail.rates:LikeRate",
     "basednn":       "l2rec.mail.rankers:BaseDNN",
     "dmr":           "l2rec.mail.attention_rankers:DMR",
     "din":           "l2rec.mail.attention_rankers:DIN",
