@@ -69,3 +69,43 @@ def test_the_gpu_profile_runs_at_tiny_size(tmp_path):
     assert record.metrics['test/ndcg@10'] > .5 and record.per_user().height == 60
     assert record.provenance['parameters']['hyperparameters'] == chosen['hyperparameters'] and record.provenance['parameters']['windows'] == 'all'
     assert record.provenance['fingerprint']['needs'].keys() == {'search/ml-1m/sasrec/seed-0'}
+
+
+def clubs(path: Path, name: str, users: int = 80):
+    "A tiny rated dataset with attributes, under a real one's name."
+    rng = np.random.default_rng(0)
+    user, item = np.repeat(np.arange(users), 14), rng.integers(0, 30, users * 14)
+    rating = np.where((user % 2 == item % 2) ^ (rng.random(len(user)) < .2), 5., 2.)
+    write_dataset(make_dataset(name, pl.DataFrame({'user_id': user, 'item_id': item, 'position': np.tile(np.arange(14), users), 'rating': pl.Series(rating, dtype=pl.Float32)}),
+                               users=pl.DataFrame({'user_id': np.arange(users), 'gender': [f'g{u % 2}' for u in range(users)], 'zip_code': [f'{u % 9}1234' for u in range(users)]})), path / name)
+
+
+def test_the_gpu_profile_of_cold_start_runs_at_tiny_size(tmp_path):
+    "Search and a run with the paper's widths, and what attributes can tell, as the gpu profile plans them."
+    clubs(tmp_path / 'data', 'ml-1m')
+    environment = {**os.environ, 'L2REC_DATA': str(tmp_path / 'data'), 'OMP_NUM_THREADS': '1'}
+    for key in ('cold_start_search/ml-1m/dcnv2/seed-0', 'cold_start/ml-1m/dcnv2+mail-base/seed-1', 'attribute_information/ml-1m/like-rate/seed-0'):
+        done = subprocess.run([sys.executable, '-m', 'l2rec.training.plan', 'run', '--profile', 'gpu', '--results', str(tmp_path / 'results'), key],
+                              cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    runs = tmp_path / 'results/gpu/runs'
+    chosen = json.loads((runs / 'cold_start_search/ml-1m/dcnv2/seed-0/chosen.json').read_text())
+    assert set(chosen) == {'', 'mail-base'} and pl.read_csv(runs / 'cold_start_search/ml-1m/dcnv2/seed-0/history.csv').height == 12     # as many trials for the one as for the other
+    record = read_record(runs / 'cold_start/ml-1m/dcnv2+mail-base/seed-1')
+    assert record.provenance['parameters']['hyperparameters'] == chosen['mail-base']['hyperparameters'] and record.provenance['parameters']['lr'] == chosen['mail-base']['lr']
+    assert {'test/new/auc', 'test/old/gauc', 'virtual/mail/r2', 'codes/mmd'} <= record.metrics.keys() and record.per_user()['new'].sum() == 32
+    assert {'step', 'log_loss', 'fill/attributes', 'fill/behaviour', 'fill/alignment'} <= set(pl.read_csv(record.path / 'steps.csv').columns)
+    assert read_record(runs / 'attribute_information/ml-1m/like-rate/seed-0').metrics['rate/gender/new/auc'] > .6
+
+
+@pytest.mark.parametrize('given, words', [
+    (dict(variant='mail-bass'), "did you mean 'mail-base'"),
+    (dict(hyperparameters={'dropuot': .1}), "did you mean 'dropout'"),
+    (dict(drop=['gender', 'zip_code']), 'attribute'),
+    (dict(share=1.0, variant='emblr'), 'old user'),
+])
+def test_a_wrong_parameter_of_cold_start_is_named(tmp_path, given, words, monkeypatch):
+    clubs(tmp_path / 'data', 'ml-100k')
+    monkeypatch.setenv('L2REC_DATA', str(tmp_path / 'data'))
+    with pytest.raises(NotebookFailed) as error: execute(ROOT / 'nbs/experiments/cold_start.ipynb', tmp_path / 'run.ipynb', dict(dataset='ml-100k', **given), ROOT)
+    assert words in str(error.value)

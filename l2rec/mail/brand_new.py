@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CLICKS', 'NUMBER', 'example_world', 'write_example', 'read_likes', 'read_attribute', 'read_attributes', 'Population',
-           'read_population', 'set_apart', 'read_features', 'describe_attributes', 'like_rate', 'estimate',
-           'admit_users', 'score_items', 'candidate_rows', 'score_table', 'virtual_items', 'virtual_table',
-           'check_output', 'write_whole']
+           'read_population', 'ranker_class', 'set_apart', 'read_features', 'describe_attributes', 'new_questions',
+           'counted', 'yardsticks', 'estimate', 'admit_users', 'score_items', 'candidate_rows', 'score_table',
+           'virtual_items', 'virtual_table', 'check_output', 'write_whole']
 
 # %% ../../nbs/mail/11_brand_new.ipynb #c02
 import difflib
@@ -19,15 +19,20 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import torch
+from torch.nn.functional import normalize
 
+from ..data.batches import ClickBatch
 from ..data.dataset import DataError, Dataset, make_dataset, order_by_time, positions, refuse, require_column
 from ..data.splits import Split, leave_last_fraction
 from ..data.table import number_ids, read_ids, read_items, read_ratings, read_table, read_times
-from ..evaluation.clicks import group_auc
+from ..evaluation.clicks import group_auc, log_losses
 from ..evaluation.user_groups import auc_influence
 from .cotraining import FilledRanker
 from .features import NO_ATTRIBUTE, Features, Question, make_features
+from .rankers import Ranker
+from .rates import LikeRate
 from .virtual import nearest_items, virtual_behaviour
+from ..training.models import MODELS, model_class
 
 # %% ../../nbs/mail/11_brand_new.ipynb #c05
 def example_world(n_users: int = 800, n_items: int = 300, seed: int = 0) -> Dataset:
@@ -124,7 +129,7 @@ def read_attributes(table: pl.DataFrame, where: str,
 @dataclass(frozen=True, eq=False)
 class Population:
     "The users of both files."
-    dataset: Dataset        # all users with their attributes; rating 5 = liked, 1 = not; `source_id` of users and items as the files write them
+    dataset: Dataset        # users of the users file with their attributes; rating 5 = liked, 1 = not; `source_id` of users and items as the files write them
     brand_new: np.ndarray   # int32 [n] user ids that have no interaction, ascending
     without_row: int        # users with interactions whom the file of users does not list
     facts: pl.DataFrame     # what was read
@@ -207,8 +212,9 @@ def read_population(users: str | Path, interactions: str | Path,          # CSV,
     else:
         history = history.sort("user_id", maintain_order=True)
         history = history.with_columns(position=pl.Series(positions(history["user_id"].to_numpy())))
-    people = number_user.rename({"id": "user_id"}).join(told.with_columns(source_id=ids), on="source_id", how="left", maintain_order="left")
+    people = number_user.select("source_id", user_id="id").join(told.with_columns(source_id=ids), on="source_id", how="left", maintain_order="left")
     data = make_dataset(Path(interactions).name, history, catalogue, people)
+    data = replace(data, users=people.filter(pl.col("source_id").is_in(ids.implode())))   # a row without any attribute would look like a value of its own
     brand_new = np.setdiff1d(data.users["user_id"].to_numpy(), data.interactions["user_id"].to_numpy())
     without_row = old.n_unique() - (len(ids) - len(brand_new))
     facts = {"old users (with interactions)": data.n_users, f"of these, not in {Path(users).name}: all attributes unknown": without_row, "brand-new users (to be scored)": len(brand_new),
@@ -216,6 +222,15 @@ def read_population(users: str | Path, interactions: str | Path,          # CSV,
     return Population(data, brand_new, without_row, pl.DataFrame({"what": list(facts), "how many": list(facts.values())}))
 
 # %% ../../nbs/mail/11_brand_new.ipynb #c26
+def ranker_class(name: str # of `training.models.MODELS`
+                 ) -> type[Ranker]:
+    "A ranker by its name. Raises `ValueError` for a model that is none, with those that are."
+    made = model_class(name)
+    if issubclass(made, Ranker): return made
+    rankers = [other for other, path in MODELS.items() if path.startswith("l2rec.mail.") and issubclass(model_class(other), Ranker)]
+    raise ValueError(f"model {name!r} recommends from a history and reads no attributes, so it cannot score brand-new users. Rankers are: {', '.join(rankers)}")
+
+# %% ../../nbs/mail/11_brand_new.ipynb #c29
 def set_apart(dataset: Dataset,
               share: float = .4,  # of the training users who are made new
               apart: float = .2,  # of all users who take no part in training
@@ -244,22 +259,24 @@ def set_apart(dataset: Dataset,
     new[old], train[judge], train[choose] = False, False, False
     return replace(split, name=f"users set apart {apart}, made new {share} (seed {seed})", train_end=train_end, valid_end=valid_end, new_user=new, train_user=train)
 
-# %% ../../nbs/mail/11_brand_new.ipynb #c30
-def read_features(population: Population, split: Split, **options # further arguments of `make_features`
+# %% ../../nbs/mail/11_brand_new.ipynb #c33
+def read_features(population: Population, split: Split, kinds: Mapping[str, str] = {}, prefix: Mapping[str, int] = {},
+                  bins: int = 10,  # of a number
+                  least: int = 5,  # a value of fewer users in training is in no book
                   ) -> tuple[Features, pl.DataFrame]:
     "The features, and the columns that are left out of them with the reason."
+    own = lambda given: {name: value for name, value in given.items() if name in population.dataset.users.columns}
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        features = make_features(population.dataset, split, **options)
+        features = make_features(population.dataset, split, kinds=own(kinds), prefix=own(prefix), bins=bins, least=least)
     reasons = [str(w.message).split("column ", 1)[1].split(" is left out: ") for w in said if " is left out: " in str(w.message)]
     for w in said:
         if " is left out: " not in str(w.message): warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
     return features, pl.DataFrame(reasons, schema={"column": pl.String, "left out because": pl.String}, orient="row")
 
 
-def describe_attributes(features: Features, population: Population, least: int = 0, # named in the table's heading if given
-                        ) -> pl.DataFrame:
-    "One row for each attribute: kind, values, and how many brand-new users have none or one that training never met."
+def describe_attributes(features: Features, population: Population) -> pl.DataFrame:
+    "One row for each attribute: kind, values, and how many brand-new users have none, or one that is in no book."
     people = population.dataset.users
     codes = features.attributes.encode(people, population.brand_new)
     rows = people.filter(pl.col("user_id").is_in(population.brand_new)).sort("user_id")
@@ -270,44 +287,58 @@ def describe_attributes(features: Features, population: Population, least: int =
         values = field.values[1:]
         table.append({"attribute": field.name, "kind": "number" if field.edges else "category", "n": len(values),
                       "values": "; ".join(values if len(values) <= 12 else (*values[:10], "…", values[-1])),
-                      "brand-new: missing": int(missing.sum()), "brand-new: never met" + (f" (or by fewer than {least})" if least else ""): int(((codes[:, k] == 0) & ~missing.to_numpy()).sum())})
+                      "brand-new: missing": int(missing.sum()), "brand-new: not in the book": int(((codes[:, k] == 0) & ~missing.to_numpy()).sum())})
     return pl.DataFrame(table)
 
-# %% ../../nbs/mail/11_brand_new.ipynb #c34
-def like_rate(split: Split, weight: float = 5. # imagined users who like an item as often as the average one
-              ) -> np.ndarray:
-    "Float64[I]: smoothed share of likes of each item in training."
-    start, end = split.bounds("train")
-    user = np.repeat(np.arange(split.n_users), np.diff(split.offsets))
-    inside = (np.arange(len(split.items)) < np.where(split.train_user, end, start)[user])
-    item, liked = split.items[inside], split.rating[inside] > 3
-    n = np.bincount(item, minlength=split.n_items)
-    return (np.bincount(item, liked, split.n_items) + weight * liked.mean()) / (n + weight)
+# %% ../../nbs/mail/11_brand_new.ipynb #c37
+def new_questions(split: Split, part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "User rows, item rows and labels (0 or 1) of all questions of `part` to new users, int64 [n] each."
+    first, last = (np.where(split.new_user, end, split.offsets[:-1]) for end in split.bounds(part))
+    user, at = np.repeat(np.arange(split.n_users), last - first), np.concatenate([np.arange(a, b) for a, b in zip(first, last)])
+    return user, split.items[at], (split.rating[at] > 3).astype(np.int64)
 
 
-def estimate(split: Split, metrics: dict[str, float], per_user: pl.DataFrame # of the test, from `evaluate`
-             ) -> tuple[pl.DataFrame, str]:
-    "AUC with a 95 % interval for those who judge, for the same list for everybody, and for old users; and a verdict."
-    judge = np.flatnonzero(split.new_user & (split.offsets[1:] > split.valid_end))
-    user = np.repeat(judge, (split.offsets[1:] - split.offsets[:-1])[judge])
-    mine = np.isin(np.repeat(np.arange(split.n_users), np.diff(split.offsets)), judge)
-    label, floor = (split.rating[mine] > 3).astype(np.int64), like_rate(split)[split.items[mine]]
-    same = group_auc(np.zeros_like(user), floor, label)[3][0]
-    own = per_user.filter(pl.col("new")).sort("user_id")["auc_influence"].to_numpy().astype(np.float64)
-    theirs = auc_influence(user, floor, label)[1]
-    spread = lambda influence: 1.96 * float(np.sqrt((influence ** 2).sum()))
-    row = lambda who, n, auc, half, **more: {"who": who, "users": n, "AUC": auc, "low": auc - half, "high": auc + half, **more}
-    old = per_user.filter(~pl.col("new"))["auc_influence"].to_numpy().astype(np.float64)
-    rows = [row("as if brand-new: this model", len(judge), metrics["test/new/auc"], spread(own), **{"log loss": metrics["test/new/log_loss"]}),
-            row("as if brand-new: the same list for everybody", len(judge), same, spread(theirs))]
-    if "test/old/auc" in metrics: rows.append(row("old users, on the end of their histories", len(old), metrics["test/old/auc"], spread(old), **{"log loss": metrics["test/old/log_loss"]}))
-    gain, half = metrics["test/new/auc"] - same, spread(own - theirs)
-    verdict = f"For users of whom only attributes are known, the model's AUC is {gain:+.3f} from that of one list for everybody (95 % interval {gain - half:+.3f} to {gain + half:+.3f}): "
-    verdict += "the attributes help." if gain > half else "worse than without attributes; do not use these scores." if gain < -half else \
-        "it is not shown that the attributes help. More users, other attributes or more epochs may."
-    return pl.DataFrame(rows), verdict
+def counted(model: LikeRate, user: np.ndarray, item: np.ndarray) -> np.ndarray:
+    "The logits of a like rate, float [n]."
+    nothing = torch.zeros(0)
+    return model(ClickBatch(torch.from_numpy(user), torch.from_numpy(item), *[nothing] * 5)).numpy()
+
+
+def yardsticks(split: Split, features: Features, tastes: Sequence[float] = (10., 30., 100., 300., 1000.)) -> dict[str, LikeRate]:
+    "The two like rates."
+    user, item, label = new_questions(split, "validation")
+    tried = [LikeRate.from_split(split, features, "all", taste) for taste in tastes]
+    auc = [group_auc(np.zeros_like(user), counted(model, user, item), label)[3][0] for model in tried]
+    return {"the same list for everybody": LikeRate.from_split(split, features), "likes counted by attribute": tried[int(np.argmax(auc))]}
 
 # %% ../../nbs/mail/11_brand_new.ipynb #c38
+def _difference(gain: float, half: float) -> str:
+    return f"{gain:+.3f} (95 % interval {gain - half:+.3f} to {gain + half:+.3f})"
+
+
+def estimate(split: Split, features: Features, metrics: dict[str, float],
+             per_user: pl.DataFrame, # of the test, from `evaluate`, like `metrics`
+             ) -> tuple[pl.DataFrame, str]:
+    "AUC with a 95 % interval of the model and the yardsticks, for the users who judge, and of the model for old users; and a verdict."
+    user, item, label = new_questions(split, "test")
+    half = lambda influence: 1.96 * float(np.sqrt(np.square(influence).sum()))
+    row = lambda who, n, auc, influence, loss=None: {"who": who, "users": n, "AUC": auc, "low": auc - half(influence), "high": auc + half(influence), "log loss": loss}
+    weight = {new: table["auc_influence"].to_numpy().astype(np.float64) for (new,), table in per_user.sort("user_id").group_by("new")}
+    rows, against = [row("as if brand-new: this model", len(weight[True]), metrics["test/new/auc"], weight[True], metrics["test/new/log_loss"])], []
+    for name, model in yardsticks(split, features).items():
+        logit = counted(model, user, item)
+        auc, influence = group_auc(np.zeros_like(user), logit, label)[3][0], auc_influence(user, logit, label)[1]
+        rows.append(row(f"as if brand-new: {name}", len(influence), auc, influence, float(log_losses(logit, label).mean())))
+        against.append((metrics["test/new/auc"] - auc, half(weight[True] - influence)))
+    if "test/old/auc" in metrics: rows.append(row("old users, the end of their histories: this model", len(weight[False]), metrics["test/old/auc"], weight[False], metrics["test/old/log_loss"]))
+    (gain, spread), (more, wide) = against
+    verdict = f"For users of whom only attributes are known, the model's AUC differs from that of one list for everybody by {_difference(gain, spread)}: "
+    verdict += "the attributes help." if gain > spread else "it is worse than without attributes; do not use these scores." if gain < -spread else \
+        "it is not shown that the attributes help. More users, other attributes or other settings may."
+    counting = "counting does better, so do not trouble the network." if more < -wide else "the network does better than counting." if more > wide else "about as good as counting."
+    return pl.DataFrame(rows), verdict + f" From likes counted by attribute it differs by {_difference(more, wide)}: {counting}"
+
+# %% ../../nbs/mail/11_brand_new.ipynb #c43
 def admit_users(model: FilledRanker, codes: np.ndarray # int64 [n, n_a]
                 ) -> tuple[np.ndarray, np.ndarray]:
     "Rows by which the model knows the m different rows of codes, [m], and which of the m each user has, [n]."
@@ -334,7 +365,7 @@ def score_items(model: FilledRanker,
     if not np.isfinite(scores).all(): raise FloatingPointError("scores are not finite: the model has diverged; train with a smaller lr")
     return scores.reshape(len(users), len(items))
 
-# %% ../../nbs/mail/11_brand_new.ipynb #c42
+# %% ../../nbs/mail/11_brand_new.ipynb #c47
 def candidate_rows(population: Population, split: Split, candidates: Sequence = () # item ids as the files write them; empty: all items
                    ) -> np.ndarray:
     "Item rows, int64 [c], in the order given, each once. Raises `DataError` for an item that has no interaction."
@@ -368,22 +399,28 @@ def score_table(population: Population, split: Split, scores: np.ndarray, # [m, 
     if (catalogue["title"] != "").any(): made["title"] = _source(catalogue, "item_id", chosen, "title")
     return pl.DataFrame({**made, "rank": np.tile(np.arange(1, k + 1, dtype=np.int32), len(which)), "score": np.take_along_axis(scores, order, 1)[which].ravel()})
 
-# %% ../../nbs/mail/11_brand_new.ipynb #c49
-def virtual_items(model: FilledRanker, population: Population, split: Split, users: np.ndarray, # rows of the model
-                  n: int = 3 # items of each user
-                  ) -> list[str]:
-    "The items nearest to most slots of each user's virtual behaviour, as a text; empty where the fill gives no behaviour."
+# %% ../../nbs/mail/11_brand_new.ipynb #c54
+@torch.no_grad()
+def virtual_items(model: FilledRanker, population: Population, split: Split, users: np.ndarray, # [m] rows of all brand-new users, from `admit_users`
+                  shown: Sequence[int], # which of them to describe
+                  n: int = 3            # items in each text
+                  ) -> pl.DataFrame:
+    "nearest and rather, a text each, one row for each in `shown`; empty texts where the fill gives no behaviour."
     _, vectors = virtual_behaviour(model, users)
-    titles = dict(population.dataset.items.select("item_id", pl.when(pl.col("title") != "").then("title").otherwise(pl.col("source_id").cast(pl.String))).iter_rows())
-    texts = []
-    for vector, near in zip(vectors, nearest_items(model, vectors).cpu().numpy()):
-        real = vector.abs().sum(1).gt(0).cpu().numpy()
-        item, count = np.unique(near[real], return_counts=True)
-        best = np.argsort(-count, kind="stable")[:n]
-        texts.append(", ".join(f"{titles[split.item_id[i]]} ({c} of {real.sum()})" for i, c in zip(item[best], count[best])))
-    return texts
+    name = dict(population.dataset.items.select("item_id", pl.when(pl.col("title") != "").then("title").otherwise(pl.col("source_id").cast(pl.String))).iter_rows())
+    called = lambda rows: [name[i] for i in split.item_id[rows]]
+    real, table = vectors.abs().sum(2).gt(0), []
+    mean, items = vectors.sum(1) / real.sum(1, keepdim=True).clamp(min=1), model.ranker.embeddings.item_vectors()
+    towards = normalize(mean - mean.mean(0), dim=1) @ normalize(items - items.mean(0), dim=1).T
+    for i in shown:
+        if not real[i].any(): table.append({"nearest": "", "rather": ""}); continue
+        item, count = np.unique(nearest_items(model, vectors[i][real[i]][None])[0].cpu().numpy(), return_counts=True)
+        most = np.argsort(-count, kind="stable")[:n]
+        table.append({"nearest": ", ".join(f"{title} ({c})" for title, c in zip(called(item[most]), count[most])),
+                      "rather": ", ".join(called(towards[i].argsort(descending=True, stable=True)[:n].cpu().numpy()))})
+    return pl.DataFrame(table)
 
-
+# %% ../../nbs/mail/11_brand_new.ipynb #c55
 def virtual_table(model: FilledRanker, population: Population, split: Split, users: np.ndarray, # [m] rows of the model
                   which: np.ndarray # [n] which of the m each brand-new user has
                   ) -> pl.LazyFrame:
@@ -397,7 +434,7 @@ def virtual_table(model: FilledRanker, population: Population, split: Split, use
     people = pl.DataFrame({"user": _source(population.dataset.users, "user_id", population.brand_new, "source_id"), "row": which})
     return people.lazy().join(rows.lazy(), on="row", how="left", maintain_order="left_right").drop("row")
 
-# %% ../../nbs/mail/11_brand_new.ipynb #c53
+# %% ../../nbs/mail/11_brand_new.ipynb #c59
 def check_output(path: str | Path, *inputs: str | Path) -> None:
     "Raises `DataError` if a Parquet file cannot be written there, or if it would replace one of the inputs."
     path = Path(path)

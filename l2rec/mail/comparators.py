@@ -309,7 +309,7 @@ class MetaEmb(Fill):
 class MetaEmb(MetaEmb):
     def prepare(self, ranker: Ranker, split: Split, epoch: int) -> None:
         if split is self._split: return
-        questions = Questions(split, self.features, "train", 1, self.above, ranker.liked_only, ranker.embeddings.codes.device)
+        questions = Questions(split, self.features, "train", 1, self.above, ranker.liked_only, device=ranker.embeddings.codes.device)
         old = torch.from_numpy(~split.new_user).to(questions.user.device)
         count = torch.bincount(questions.user, minlength=split.n_users)
         able = (old & (count >= 2 * self.shots)).nonzero().squeeze(1)
