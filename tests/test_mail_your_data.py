@@ -104,8 +104,9 @@ def test_groups_set_apart_do_not_meet(population, split):
 
 
 def test_attributes_are_accounted_for(population, split, files):
-    features, left_out = read_features(population, split, prefix={"e-mail": 9}, kinds={"vip": "category"})
-    assert sorted(left_out["column"]) == ["e-mail", "planet"]
+    features, left_out = read_features(population, split, kinds={"vip": "category"})
+    assert sorted(left_out["column"]) == ["e-mail", "planet"] and features.attributes.names == ("team", "age", "vip")
+    assert "e-mail" in read_features(population, split, prefix={"e-mail": 9})[0].attributes.names      # client-00, client-01, ...
     table = {row["attribute"]: row for row in describe_attributes(features, population).to_dicts()}
     assert table["age"]["kind"] == "number" and "below" in table["age"]["values"] and table["age"]["brand-new: missing"] == 1
     assert table["team"]["values"] == "blue; green; red" and (table["team"]["brand-new: missing"], table["team"]["brand-new: not in the book"]) == (0, 1)
@@ -242,7 +243,7 @@ def test_candidates_rankers_and_outputs_are_checked(population, split, files, tm
 
 
 def test_the_example_has_what_it_promises(tmp_path):
-    paths = write_example(tmp_path, n_users=200, n_items=100)
+    paths = write_example(tmp_path, n_users=200, n_items=150)
     found = read_population(paths["users"], paths["interactions"], "customer", "article", time="time", items=paths["items"], title="title", categories="categories")
     assert len(found.brand_new) == 20 and found.without_row == 3 and (found.dataset.items["title"] != "").any()
     unmet = pl.read_csv(paths["items"])["article"].to_list()

@@ -14,6 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from ..data.batches import ClickBatch
 from ..data.splits import Split
 from ..evaluation.user_groups import GroupClickMetrics
+import l2rec.mail.comparators       # fills are made by name; imported here, so that a change of any of them makes a record stale
 from .features import Features, Impressions
 from .fills import Fill, make_fill
 from .rankers import Embedded, Ranker
@@ -34,7 +35,10 @@ class FilledRanker(Click):
                    fill: str = "",                      # a name of `fills.FILLS`; "" leaves the behaviour of new users empty
                    hyperparameters: dict | None = None, # of the ranker
                    fill_hyperparameters: dict | None = None) -> "FilledRanker":
-        made = ranker.from_split(split, features, **(hyperparameters or {}))
+        "Ranker and fill for the catalogue and the users of `split`. Raises `ValueError` for an unknown name, or features of another draw of new users."
+        if not np.array_equal(features.new_user, split.new_user):
+            raise ValueError(f"split {split.name!r}: the features were made for other new users; call make_features(dataset, split) after new_users")
+        made = build(ranker, split, torch.initial_seed(), features=features, **(hyperparameters or {}))
         return cls(made, make_fill(fill, made, features, **(fill_hyperparameters or {})), split)
 
     def new(self, batch: ClickBatch) -> Tensor:
@@ -42,6 +46,7 @@ class FilledRanker(Click):
         return self.ranker.embeddings.new_user[batch.user]
 
     def forward(self, batch: ClickBatch) -> Tensor:
+        "Logits, Float[B], new users filled."
         return self.ranker.score(self.fill.fill(self.ranker.embed(batch), self.new(batch), batch.user))
 
     def click_loss(self, e: Embedded, batch: ClickBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -52,6 +57,7 @@ class FilledRanker(Click):
         return sum(parts.values()), {name: value.detach() for name, value in parts.items()}
 
     def loss(self, batch: ClickBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        "The click loss alone; what the fill minimises itself is the business of `CoTraining`."
         return self.click_loss(self.ranker.embed(batch), batch)
 
 # %% ../../nbs/mail/08_cotraining.ipynb #c07
@@ -63,11 +69,12 @@ class CoTraining(ClickModule):
                  every_steps: int = 10,      # a row of `steps` every so many batches
                  **training):
         super().__init__(model, data, lr=lr, **training)
+        "Raises `ValueError` for a learning rate that is not above 0."
         if fill_lr <= 0: raise ValueError(f"fill_lr={fill_lr}: above 0")
         self.automatic_optimization = False
         self.fill_lr, self.every_steps, self.steps, self.batches = fill_lr, every_steps, [], 0
         self.own = model.fill.trained_by == "own"
-        self.signature["fill"] = type(model.fill).__name__
+        self.signature["fill"] = " ".join([type(model.fill).__name__, *getattr(getattr(model.fill, "tower", None), "terms", ())])
         new = torch.from_numpy(np.ascontiguousarray(data.split.new_user))
         self.validation, self.test_metrics = GroupClickMetrics(new), GroupClickMetrics(new)
 
@@ -76,7 +83,11 @@ class CoTraining(ClickModule):
         made = [torch.optim.Adam(clicks, self.lr, weight_decay=self.weight_decay, fused=True)]
         return made + ([torch.optim.Adam(self.model.fill.parameters(), self.fill_lr, fused=True)] if self.own else [])
 
-    def on_train_epoch_start(self): self.model.fill.prepare(self.model.ranker, self.model.split, self.current_epoch)
+    def _prepare(self): self.model.fill.prepare(self.model.ranker, self.model.split, self.current_epoch)
+
+    on_train_epoch_start = on_validation_epoch_start = _prepare     # validated, kept and tested with what belongs to the weights of that moment
+
+    def on_test_epoch_start(self): self.test_metrics.reset()
 
     def on_save_checkpoint(self, checkpoint):
         super().on_save_checkpoint(checkpoint)
@@ -105,6 +116,7 @@ class CoTraining(CoTraining):
         optimizer.step()
 
     def training_step(self, batch, batch_idx):
+        "One step of each optimiser. Raises `FloatingPointError` with the step and the term."
         model, (clicks, *own) = self.model, [self.optimizers()] if not self.own else self.optimizers()
         e, row = model.ranker.embed(batch), {}
         if self.own and (found := model.fill.loss(e.detach(), ~model.new(batch), batch.label, model.ranker)) is not None:

@@ -279,7 +279,7 @@ class Questions(Clicks):
                  max_length: int = 100,    # items of a history
                  above: float = 3.,        # a rating above this is a like
                  liked_only: bool = True,  # False: disliked items stay in the history, with feedback 0
-                 newest: int | None = None, # of training: so many questions of each user, the newest; None: all
+                 *, newest: int | None = None, # of training: only questions among each user's newest so many interactions; None: all
                  device="cpu"):
         super().__init__(split, part, max_length, above, device)
         if newest is not None and newest < 1: raise ValueError(f"newest={newest}: at least 1 question of each user, or None for all")
@@ -337,5 +337,5 @@ class Impressions(ClickData):
         self.features, self.liked_only, self.newest = features, liked_only, newest
 
     def _part(self, part: str):
-        units = Questions(self.split, self.features, part, self.max_length, self.above, self.liked_only, self.newest, self._device())
+        units = Questions(self.split, self.features, part, self.max_length, self.above, self.liked_only, newest=self.newest, device=self._device())
         return self._loader(units, self.batch_size, part == "train")

@@ -38,7 +38,7 @@ class Fill(nn.Module):
         return [p for p in inspect.signature(cls.__init__).parameters if p not in ("self", "ranker", "features")]
 
     def prepare(self, ranker: Ranker, split: Split, epoch: int) -> None:
-        "Before each epoch, and once before an evaluation without training. Reads training segments of old users only."
+        "Before each training epoch and each validation. Reads training segments of old users only."
 
     def view(self, e: Embedded, old: Tensor # Bool[B]
              ) -> Embedded:

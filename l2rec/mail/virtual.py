@@ -26,7 +26,7 @@ from .rankers import Embedded
 def virtual_behaviour(model: FilledRanker,
                       users: np.ndarray | None = None, # user rows; None: all new users of the split
                       ) -> tuple[np.ndarray, Tensor]:
-    "User rows [n] and the behaviour that the fill gives them, [n, L, d]; zeros where it gives none."
+    "User rows [n] and the behaviour that the fill gives them, [n, L, d]; zeros where it gives none. Leaves the model in evaluation mode."
     users = np.flatnonzero(model.split.new_user) if users is None else np.asarray(users)
     at, tables = torch.from_numpy(users).to(model.ranker.embeddings.codes.device), model.ranker.embeddings
     model.eval()
@@ -45,13 +45,14 @@ def nearest_items(model: FilledRanker, vectors: Tensor, # [n, L, d]
 
 
 def write_virtual_behaviour(model: FilledRanker, path: str | Path, users: np.ndarray | None = None) -> Path:
-    "Parquet with user_id, slot (0 = newest), nearest_item_id and vector; appears whole or not at all."
+    "Parquet with user_id, slot (0 = newest), nearest_item_id and vector; slots that the fill leaves empty have no row. Appears whole or not at all."
     rows, vectors = virtual_behaviour(model, users)
     n, slots, width = vectors.shape
     near, path = nearest_items(model, vectors).cpu().numpy(), Path(path)
     table = pl.DataFrame({"user_id": np.repeat(model.split.user_id[rows], slots), "slot": np.tile(np.arange(slots, dtype=np.int32), n),
                           "nearest_item_id": model.split.item_id[near.ravel()],
                           "vector": pl.Series(vectors.cpu().numpy().reshape(n * slots, width), dtype=pl.Array(pl.Float32, width))})
+    table = table.filter(pl.Series(vectors.abs().sum(2).flatten().gt(0).cpu().numpy()))      # a slot without a behaviour has no row
     aside = path.with_name(f".partial-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     table.write_parquet(aside)
@@ -61,10 +62,12 @@ def write_virtual_behaviour(model: FilledRanker, path: str | Path, users: np.nda
 # %% ../../nbs/mail/09_virtual.ipynb #c11
 def deleted_behaviour(model: FilledRanker,
                       users: np.ndarray, # user rows, old or new
+                      above: float = 3., # a rating above this is a like
                       ) -> tuple[Tensor, Tensor]:
     "Mean embedding of each user's newest `slots` liked items before the test, [n, d], and whether there is one, Bool[n]. For evaluation only."
     split, slots = model.split, model.ranker.slots
-    liked = split.rating > 3 if model.ranker.liked_only else np.ones(len(split.items), bool)
+    if model.ranker.liked_only and split.rating is None: raise ValueError(f"split {split.name!r}: likes need a rating at every interaction, and the data has none or gaps")
+    liked = split.rating > above if model.ranker.liked_only else np.ones(len(split.items), bool)
     before = np.concatenate([[0], np.cumsum(liked)])
     end = before[split.valid_end[users]]
     start = np.maximum(before[split.offsets[:-1][users]], end - slots)
@@ -102,18 +105,19 @@ def compare_virtual(model: FilledRanker) -> dict[str, float]:
     return {f"virtual/{name}/{what}": value for name, guess in guesses.items() for what, value in
             (("mse", error[name]), ("cosine", float((normalize(guess, dim=1) * normalize(truth, dim=1)).sum(1)[known].mean())), ("r2", 1 - error[name] / max(error["mean"], 1e-30)))}
 
-# %% ../../nbs/mail/09_virtual.ipynb #c16
+# %% ../../nbs/mail/09_virtual.ipynb #c17
 @torch.no_grad()
 def code_picture(model: FilledRanker, features: Features,
                  n: int = 400, seed: int = 0, # test questions of old users that are drawn
                  ) -> tuple[pl.DataFrame, float]:
-    "code ('p' or 'q'), x, y; and MMD^2 at the median bandwidth. Raises `ValueError` for a fill without both codes."
+    "code ('p' or 'q'), x, y; and MMD^2 at the median bandwidth. Raises `ValueError` for a fill without both codes. Leaves the model in evaluation mode."
     if not isinstance(model.fill, TowerFill) or not model.fill.tower.dual: raise ValueError("the fill has no two codes to draw; use mail-dual or mail-base")
     model.eval()
     questions = Questions(model.split, features, "test", model.ranker.slots, liked_only=model.ranker.liked_only)
     batch = questions[np.random.default_rng(seed).permutation(len(questions))[:8 * n]].to(model.ranker.embeddings.codes.device)
     e = model.ranker.embed(batch)
     rows = (~model.new(batch) & e.present.any(1)).nonzero().squeeze(1)[:n]
+    if not len(rows): raise ValueError(f"split {model.split.name!r}: no test question of an old user with behaviour, so there are no codes to draw")
     codes = [code.float().cpu() for code in model.fill.tower.codes(e.attributes[rows], e.behaviour[rows], e.present[rows], drop=False)]
     both = torch.cat(codes)
     centred = both - both.mean(0)
