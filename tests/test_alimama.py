@@ -11,7 +11,10 @@ from l2rec.data.alimama import DAY, FILES, TAGS, drawn, last_day, main, number_p
 from l2rec.data.dataset import DataError, make_dataset, read_dataset
 from l2rec.data.load import load_dataset
 from l2rec.data.splits import new_users
+from l2rec.mail.cotraining import CoTraining, set_up_clicks
 from l2rec.mail.features import Questions, make_features
+from l2rec.training.models import model_class
+from l2rec.training.modules import evaluate, fit
 
 START = 1494000000
 HEADERS = {name: ",".join(columns) + (" " if name == "user_profile.csv" else "") for name, columns in FILES.items()}
@@ -118,6 +121,22 @@ def test_questions_are_about_advertisements(tmp_path):
         batch = units[np.arange(len(units))]
         assert features.askable[batch.candidate].all() and (batch.context > 0).all() and not features.askable[batch.history].all()
         assert not batch.length[split.new_user[batch.user]].any()
+
+@pytest.mark.filterwarnings("ignore:dataset alimama, users")
+@pytest.mark.parametrize("ranker, fill", [("basednn", "mail-base"), ("dmr", "mail-base"), ("basednn", "llae")])
+def test_mail_trains_on_it(tmp_path, ranker, fill):
+    "The whole way: files, folder, last day as test, new users, context of the page position, co-training, metrics of both groups."
+    prepare(originals(tmp_path / "raw", users=60, impressions=1500, events=6000, span=4 * DAY), tmp_path, least=1, progress=False)
+    data = read_dataset(tmp_path / "alimama")
+    split = new_users(last_day(data), .4)
+    features = make_features(data, split, context=["pid"])
+    model, batches = set_up_clicks(split, features, model_class(ranker), fill, hyperparameters=dict(slots=10, hidden=(16, 8)),
+                                   fill_hyperparameters=dict(encoder=(16, 8), decoder=(16,)) if fill == "mail-base" else {}, batch_size=128)
+    module = CoTraining(model, batches)
+    run = fit(module, batches, max_epochs=2, monitor="validation/auc", progress=False)
+    metrics, per_user = evaluate(module, batches)
+    assert run.epochs == 2 and {"test/new/auc", "test/old/auc"} <= metrics.keys() and 0 < per_user["new"].sum() < per_user.height
+    assert model.ranker.n_groups == 4                                            # the context is a group of its own
 
 
 def test_a_share_of_users_is_a_part_of_a_larger_one(tmp_path):

@@ -29,9 +29,12 @@ def club(folder: Path, n: int = 150, fresh: int = 15, items: int = 30, length: i
     old = np.repeat(np.arange(n - fresh), length)
     item = np.concatenate([rng.choice(items, length, replace=False) for _ in range(n - fresh)])
     name = [f"client-{u:03d}" for u in range(n)]
-    users = pl.DataFrame({"client": name, "team": [COLOURS[c] for c in colour], "age": rng.integers(18, 80, n), "vip": rng.random(n) < .5, "planet": "Earth", "e-mail": [f"{u}@home" for u in name]})
-    users = users.with_columns(team=pl.when(pl.col("client") == name[-1]).then(pl.lit("violet")).otherwise("team"), age=pl.when(pl.col("client") == name[-2]).then(None).otherwise("age"))
-    seen = pl.DataFrame({"client": [name[u] for u in old], "sku": [f"{COLOURS[i % 3]} no. {i}" for i in item], "bought": np.where(item % 3 == colour[old], "yes", "no"), "seen": np.arange(len(old)) + 1_700_000_000})
+    users = pl.DataFrame({"client": name, "team": [COLOURS[c] for c in colour], "age": rng.integers(18, 80, n), "vip": rng.random(n) < .5,
+                          "planet": "Earth", "e-mail": [f"{u}@home" for u in name]})
+    users = users.with_columns(team=pl.when(pl.col("client") == name[-1]).then(pl.lit("violet")).otherwise("team"),
+                               age=pl.when(pl.col("client") == name[-2]).then(None).otherwise("age"))
+    seen = pl.DataFrame({"client": [name[u] for u in old], "sku": [f"{COLOURS[i % 3]} no. {i}" for i in item],
+                         "bought": np.where(item % 3 == colour[old], "yes", "no"), "seen": np.arange(len(old)) + 1_700_000_000})
     paths = folder / "clients.csv", folder / "sales.csv"
     users.filter(pl.col("client") != name[0]).write_csv(paths[0])                                       # the first bought things and is not listed
     seen.sample(fraction=1., shuffle=True, seed=seed).write_csv(paths[1])
@@ -215,8 +218,8 @@ def test_files_that_are_all_right_are_read(files, tmp_path):
 
 def test_numbers_and_categories_are_told_apart():
     column = lambda values: pl.Series("x", [str(v) for v in values])
-    assert read_attribute(column(range(30)), "t").dtype == pl.Float64 and read_attribute(column(list(range(20)) * 2), "t").dtype == pl.String
-    assert read_attribute(column([f"{v:05d}" for v in range(30)]), "t").dtype == pl.String and read_attribute(column(range(30)), "t", "category").dtype == pl.String
+    assert read_attribute(column(range(31)), "t").dtype == pl.Float64 and read_attribute(column(list(range(30)) * 2), "t").dtype == pl.String
+    assert read_attribute(column([f"{v:05d}" for v in range(40)]), "t").dtype == pl.String and read_attribute(column(range(40)), "t", "category").dtype == pl.String
     assert read_attribute(column(["-1.5", "", "2e3"]), "t", "number").to_list() == [-1.5, None, 2000.]
     assert read_likes(pl.DataFrame({"c": [True, False]}), "t", clicked="c").to_list() == read_likes(pl.DataFrame({"c": [1., 0.]}), "t", clicked="c").to_list() == [True, False]
 

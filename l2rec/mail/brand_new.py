@@ -78,7 +78,8 @@ def read_likes(table: pl.DataFrame,
     refuse(table[column].is_null(), where, column, "the value is missing", "Fill it in, or drop the row: without it nobody knows whether the item was liked.")
     if clicked:
         likes = table[column].cast(pl.String).str.strip_chars().str.to_lowercase().replace_strict(CLICKS, default=None, return_dtype=pl.Boolean)
-        refuse(likes.is_null(), where, column, "the value is neither 1 nor 0", "Write 1 (or true, yes) for a click and 0 (or false, no) for none, or name the column as a rating.")
+        refuse(likes.is_null(), where, column, "the value is neither 1 nor 0",
+               "Write 1 (or true, yes) for a click and 0 (or false, no) for none, or name the column as a rating.")
         if likes.n_unique() > 1: return likes
         said, mend = f"every row is {'a click' if likes[0] else 'no click'}", ""
     else:
@@ -88,7 +89,8 @@ def read_likes(table: pl.DataFrame,
         low, high = ratings.min(), ratings.max()
         said = f"every rating is {'above' if likes[0] else 'at most'} {above:g} ({f'they go from {low:g} to {high:g}' if low < high else f'all are {low:g}'})"
         mend = f" Choose another `above`, from {low:g} to below {high:g}." if low < high else ""
-    raise DataError(f"{where}, column {column}: {said}, so that nothing tells what is liked from what is not.{mend} Rows of items that were shown and not liked are needed too.")
+    raise DataError(f"{where}, column {column}: {said}, so that nothing tells what is liked from what is not.{mend} "
+                    "Rows of items that were shown and not liked are needed too.")
 
 # %% ../../nbs/mail/11_brand_new.ipynb #c13
 NUMBER = r"^[+-]?(0|[1-9]\d*)?(\.\d+)?([eE][+-]?\d+)?$"
@@ -96,7 +98,7 @@ NUMBER = r"^[+-]?(0|[1-9]\d*)?(\.\d+)?([eE][+-]?\d+)?$"
 
 def read_attribute(column: pl.Series, where: str,
                    kind: str = "",       # "number" or "category"; empty: by the rule above
-                   few: int = 20,        # as many different values are categories
+                   few: int = 30,        # as many different values are categories
                    ) -> pl.Series:
     "Float64 for a number, the column without blanks for a category. Raises `DataError` with the row of a value that is no number."
     if column.dtype != pl.String or kind == "category": return column
@@ -107,7 +109,8 @@ def read_attribute(column: pl.Series, where: str,
     share = stray.sum() / max(1, len(known))
     guessed = not kind and known.n_unique() > few and share <= .1
     if kind != "number" and not guessed: return text
-    refuse(stray, where, column.name, f"{text.filter(stray).first()!r} is no number, and the column is one" + (f" in {1 - share:.0%} of its rows" if guessed else ""),
+    refuse(stray, where, column.name,
+           f"{text.filter(stray).first()!r} is no number, and the column is one" + (f" in {1 - share:.0%} of its rows" if guessed else ""),
            f"Correct the value or leave it empty{f', or call the column a category (kinds)' if guessed else ''}.")
     return text.cast(pl.Float64)
 
@@ -121,7 +124,8 @@ def read_attributes(table: pl.DataFrame, where: str,
     for name, kind in kinds.items():
         if kind not in ("number", "category"): raise DataError(f"kinds, column {name}: {kind!r} is no kind. Write 'number' or 'category'.")
     for name in columns:
-        if name == key or name in NO_ATTRIBUTE: raise DataError(f"{where}, column {name}: an id names one user and says nothing about another. Leave it out, or rename it if it is none.")
+        if name == key or name in NO_ATTRIBUTE:
+            raise DataError(f"{where}, column {name}: an id names one user and says nothing about another. Leave it out, or rename it if it is none.")
     chosen = columns or [c for c in table.columns if c != key and c not in NO_ATTRIBUTE]
     return pl.DataFrame([read_attribute(table[name], where, kinds.get(name) or ("category" if name in prefix else "")) for name in chosen])
 
@@ -144,7 +148,8 @@ def _listed(path: str | Path, key: str, what: str, separator: str | None) -> tup
     "A table of users or items, and its ids, each of which occurs once."
     table = read_table(path, separator)
     ids = read_ids(table, key, str(path))
-    refuse(~ids.is_first_distinct(), str(path), key, f"the {what} {next(iter(ids.filter(~ids.is_first_distinct())), '')!r} has a row already", f"Keep one row for each {what}.")
+    again = ~ids.is_first_distinct()
+    refuse(again, str(path), key, f"the {what} {next(iter(ids.filter(again)), '')!r} has a row already", f"Keep one row for each {what}.")
     return table, ids
 
 
@@ -158,7 +163,8 @@ def _rated(path: str | Path, user: str, item: str, time: str, duplicates: str, s
     if not time: return history
     again = ~history.select(pl.struct("user", "item", "timestamp").is_first_distinct()).to_series()
     if duplicates == "error":
-        refuse(again, where, f"{user}, {item}, {time}", "the same user, item and time are there already", "Remove the row, or set duplicates='first' to keep the first.")
+        refuse(again, where, f"{user}, {item}, {time}", "the same user, item and time are there already",
+               "Remove the row, or set duplicates='first' to keep the first.")
     return history.filter(~again)
 
 # %% ../../nbs/mail/11_brand_new.ipynb #c19
@@ -179,11 +185,12 @@ def _catalogue(used: pl.Series, path: str | Path | None, key: str, separator: st
 def _check_groups(old: pl.Series, listed: pl.Series, users: str, interactions: str, key: str) -> None:
     "Raises `DataError` if nobody is brand-new, or nobody is old."
     if not listed.is_in(old.implode()).any():
-        raise DataError(f"{users}, column {key}: none of the users has an interaction in {interactions}, so there is nobody to learn from; ids look like {listed[0]!r} here "
-                        f"and {old[0]!r} there. Write the ids of both files in one way, and keep the users who have interactions in {users}.")
+        raise DataError(f"{users}, column {key}: none of the users has an interaction in {interactions}, so there is nobody to learn from; "
+                        f"ids look like {listed[0]!r} here and {old[0]!r} there. Write the ids of both files in one "
+                        f"way, and keep the users who have interactions in {users}.")
     if listed.is_in(old.implode()).all():
-        raise DataError(f"{users}, column {key}: each of the {len(listed):,} users has an interaction in {interactions}, so nobody is brand-new. Add those who are to be scored "
-                        f"to {users}, with their attributes; for users with a history, copy the notebook retrieval instead.")
+        raise DataError(f"{users}, column {key}: each of the {len(listed):,} users has an interaction in {interactions}, so nobody is brand-new. "
+                        f"Add those who are to be scored to {users}, with their attributes; for users with a history, copy the notebook retrieval instead.")
 
 # %% ../../nbs/mail/11_brand_new.ipynb #c20
 def read_population(users: str | Path, interactions: str | Path,          # CSV, TSV or Parquet
@@ -204,10 +211,12 @@ def read_population(users: str | Path, interactions: str | Path,          # CSV,
     history = _rated(interactions, user, item, time, duplicates, separator, rating=rating, clicked=clicked, above=above)
     old, ids = _as_written(history["user"], ids)
     _check_groups(old, ids, str(users), str(interactions), key)
-    catalogue, number_item = _catalogue(history["item"], items, items_key or item, separator, title=title or None, categories=categories or None, brand=brand or None)
+    catalogue, number_item = _catalogue(history["item"], items, items_key or item, separator,
+                                        title=title or None, categories=categories or None, brand=brand or None)
     number_user = number_ids(old, ids, "user")
     numbered = lambda column, number: pl.DataFrame({"source_id": column}).join(number, on="source_id", how="left", maintain_order="left")["id"]
-    history = history.select(pl.exclude("user", "item"), user_id=numbered(old, number_user), item_id=numbered(history["item"].cast(number_item["source_id"].dtype), number_item))
+    history = history.select(pl.exclude("user", "item"), user_id=numbered(old, number_user),
+                             item_id=numbered(history["item"].cast(number_item["source_id"].dtype), number_item))
     if time: history = order_by_time(history)
     else:
         history = history.sort("user_id", maintain_order=True)
@@ -217,7 +226,8 @@ def read_population(users: str | Path, interactions: str | Path,          # CSV,
     data = replace(data, users=people.filter(pl.col("source_id").is_in(ids.implode())))   # a row without any attribute would look like a value of its own
     brand_new = np.setdiff1d(data.users["user_id"].to_numpy(), data.interactions["user_id"].to_numpy())
     without_row = old.n_unique() - (len(ids) - len(brand_new))
-    facts = {"old users (with interactions)": data.n_users, f"of these, not in {Path(users).name}: all attributes unknown": without_row, "brand-new users (to be scored)": len(brand_new),
+    facts = {"old users (with interactions)": data.n_users, f"of these, not in {Path(users).name}: all attributes unknown": without_row,
+             "brand-new users (to be scored)": len(brand_new),
              "interactions": data.n_interactions, "of these, liked": int((history["rating"] == 5).sum()), "items with interactions": data.n_items}
     return Population(data, brand_new, without_row, pl.DataFrame({"what": list(facts), "how many": list(facts.values())}))
 
@@ -242,7 +252,8 @@ def set_apart(dataset: Dataset,
     n, start, end = split.n_users, split.offsets[:-1], split.offsets[1:]
     each = max(1, round(n * apart / 2))
     fresh = max(1, round((n - 2 * each) * share))
-    if n < 10 or n - 2 * each - fresh < 1: raise DataError(f"{dataset.name}: {n} users have interactions, too few to train on some and to judge by others. Ten are the least; hundreds make sense.")
+    if n < 10 or n - 2 * each - fresh < 1:
+        raise DataError(f"{dataset.name}: {n} users have interactions, too few to train on some and to judge by others. Ten are the least; hundreds make sense.")
     order = np.random.default_rng([3, seed]).permutation(n)
     judge, choose, play, old = np.split(order, np.cumsum([each, each, fresh]))
     train_end, valid_end = split.train_end.copy(), split.valid_end.copy()
@@ -253,11 +264,12 @@ def set_apart(dataset: Dataset,
     for task, who in (("show behaviour", old), ("choose the epoch", choose), ("judge", judge)):
         n_liked, n_asked = (liked[end] - liked[start])[who].sum(), (end - start)[who].sum()
         if n_liked == 0 or (n_liked == n_asked and who is not old):
-            raise DataError(f"{dataset.name}: the {len(who)} users who are drawn to {task} like {'all' if n_liked else 'none'} of their {n_asked} items, so that nothing can be learnt from them. "
-                            f"Change the shares (share={share}, apart={apart}) or the seed, or give more users.")
+            raise DataError(f"{dataset.name}: the {len(who)} users who are drawn to {task} like {'all' if n_liked else 'none'} of their {n_asked} items, so that "
+                            f"nothing can be learnt from them. Change the shares (share={share}, apart={apart}) or the seed, or give more users.")
     new, train = np.ones(n, bool), np.ones(n, bool)
     new[old], train[judge], train[choose] = False, False, False
-    return replace(split, name=f"users set apart {apart}, made new {share} (seed {seed})", train_end=train_end, valid_end=valid_end, new_user=new, train_user=train)
+    return replace(split, name=f"users set apart {apart}, made new {share} (seed {seed})", train_end=train_end, valid_end=valid_end,
+                   new_user=new, train_user=train)
 
 # %% ../../nbs/mail/11_brand_new.ipynb #c33
 def read_features(population: Population, split: Split, kinds: Mapping[str, str] = {}, prefix: Mapping[str, int] = {},
@@ -322,20 +334,23 @@ def estimate(split: Split, features: Features, metrics: dict[str, float],
     "AUC with a 95 % interval of the model and the yardsticks, for the users who judge, and of the model for old users; and a verdict."
     user, item, label = new_questions(split, "test")
     half = lambda influence: 1.96 * float(np.sqrt(np.square(influence).sum()))
-    row = lambda who, n, auc, influence, loss=None: {"who": who, "users": n, "AUC": auc, "low": auc - half(influence), "high": auc + half(influence), "log loss": loss}
+    row = lambda who, auc, influence, loss: {"who": who, "users": len(influence), "AUC": auc, "low": auc - half(influence),
+                                             "high": auc + half(influence), "log loss": loss}
     weight = {new: table["auc_influence"].to_numpy().astype(np.float64) for (new,), table in per_user.sort("user_id").group_by("new")}
-    rows, against = [row("as if brand-new: this model", len(weight[True]), metrics["test/new/auc"], weight[True], metrics["test/new/log_loss"])], []
+    rows, against = [row("as if brand-new: this model", metrics["test/new/auc"], weight[True], metrics["test/new/log_loss"])], []
     for name, model in yardsticks(split, features).items():
         logit = counted(model, user, item)
         auc, influence = group_auc(np.zeros_like(user), logit, label)[3][0], auc_influence(user, logit, label)[1]
-        rows.append(row(f"as if brand-new: {name}", len(influence), auc, influence, float(log_losses(logit, label).mean())))
+        rows.append(row(f"as if brand-new: {name}", auc, influence, float(log_losses(logit, label).mean())))
         against.append((metrics["test/new/auc"] - auc, half(weight[True] - influence)))
-    if "test/old/auc" in metrics: rows.append(row("old users, the end of their histories: this model", len(weight[False]), metrics["test/old/auc"], weight[False], metrics["test/old/log_loss"]))
+    if "test/old/auc" in metrics:
+        rows.append(row("old users, the end of their histories: this model", metrics["test/old/auc"], weight[False], metrics["test/old/log_loss"]))
     (gain, spread), (more, wide) = against
     verdict = f"For users of whom only attributes are known, the model's AUC differs from that of one list for everybody by {_difference(gain, spread)}: "
     verdict += "the attributes help." if gain > spread else "it is worse than without attributes; do not use these scores." if gain < -spread else \
         "it is not shown that the attributes help. More users, other attributes or other settings may."
-    counting = "counting does better, so do not trouble the network." if more < -wide else "the network does better than counting." if more > wide else "about as good as counting."
+    counting = "counting does better, and the network is not needed here." if more < -wide else \
+        "the network does better than counting." if more > wide else "about as good as counting."
     return pl.DataFrame(rows), verdict + f" From likes counted by attribute it differs by {_difference(more, wide)}: {counting}"
 
 # %% ../../nbs/mail/11_brand_new.ipynb #c43
@@ -407,7 +422,8 @@ def virtual_items(model: FilledRanker, population: Population, split: Split, use
                   ) -> pl.DataFrame:
     "nearest and rather, a text each, one row for each in `shown`; empty texts where the fill gives no behaviour."
     _, vectors = virtual_behaviour(model, users)
-    name = dict(population.dataset.items.select("item_id", pl.when(pl.col("title") != "").then("title").otherwise(pl.col("source_id").cast(pl.String))).iter_rows())
+    title = pl.when(pl.col("title") != "").then("title").otherwise(pl.col("source_id").cast(pl.String))
+    name = dict(population.dataset.items.select("item_id", title).iter_rows())
     called = lambda rows: [name[i] for i in split.item_id[rows]]
     real, table = vectors.abs().sum(2).gt(0), []
     mean, items = vectors.sum(1) / real.sum(1, keepdim=True).clamp(min=1), model.ranker.embeddings.item_vectors()
@@ -424,15 +440,16 @@ def virtual_items(model: FilledRanker, population: Population, split: Split, use
 def virtual_table(model: FilledRanker, population: Population, split: Split, users: np.ndarray, # [m] rows of the model
                   which: np.ndarray # [n] which of the m each brand-new user has
                   ) -> pl.LazyFrame:
-    "user, slot (0 = newest), nearest_item and vector; lazy, since it is large."
+    "user, slot (0 = newest), nearest_item and vector; lazy, since it is large. No rows where the fill gives no behaviour."
     _, vectors = virtual_behaviour(model, users)
     m, slots, width = vectors.shape
     near = split.item_id[nearest_items(model, vectors).cpu().numpy().ravel()]
     rows = pl.DataFrame({"row": np.repeat(np.arange(m), slots), "slot": np.tile(np.arange(slots, dtype=np.int32), m),
                          "nearest_item": _source(population.dataset.items, "item_id", near, "source_id"),
                          "vector": pl.Series(vectors.cpu().numpy().reshape(m * slots, width), dtype=pl.Array(pl.Float32, width))})
+    rows = rows.filter(vectors.abs().sum(2).flatten().gt(0).cpu().numpy())      # a slot that the fill leaves empty has no row
     people = pl.DataFrame({"user": _source(population.dataset.users, "user_id", population.brand_new, "source_id"), "row": which})
-    return people.lazy().join(rows.lazy(), on="row", how="left", maintain_order="left_right").drop("row")
+    return people.lazy().join(rows.lazy(), on="row", maintain_order="left_right").drop("row")
 
 # %% ../../nbs/mail/11_brand_new.ipynb #c59
 def check_output(path: str | Path, *inputs: str | Path) -> None:
@@ -440,7 +457,8 @@ def check_output(path: str | Path, *inputs: str | Path) -> None:
     path = Path(path)
     if path.suffix != ".parquet": raise DataError(f"{path}: the output is a Parquet file. Let its name end in .parquet.")
     if path.is_dir(): raise DataError(f"{path}: a folder has this name. Name a file in it.")
-    if any(Path(i).exists() and path.exists() and path.samefile(i) for i in inputs if i): raise DataError(f"{path}: this is one of the inputs. Name another file.")
+    if path.exists() and any(Path(i).exists() and path.samefile(i) for i in inputs if i):
+        raise DataError(f"{path}: this is one of the inputs. Name another file.")
     nearest = next(p for p in path.absolute().parents if p.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK): raise DataError(f"{path}: {nearest.name} cannot be written to. Name another place.")
 
