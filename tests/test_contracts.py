@@ -1,16 +1,23 @@
-"""Every model of the list keeps the retrieval contract."""
+"""Every model of the list keeps its contract: retrieval models rank the catalogue, click models answer questions."""
+
+import inspect
 
 import numpy as np
 import pytest
 import torch
 
 from l2rec.data.batches import Clicks, Targets, Windows
-from l2rec.data.splits import leave_last_out, new_users
+from l2rec.data.splits import leave_last_fraction, leave_last_out, new_users
+from l2rec.data.synthetic import SyntheticWorld, make_world
+from l2rec.mail.features import Questions, make_features
 from l2rec.training.contracts import Click, Retrieval, build
 from l2rec.training.models import MODELS, model_class, model_path
 from worlds import random_dataset
 
-models = pytest.mark.parametrize("name", MODELS)
+RETRIEVAL = [name for name in MODELS if issubclass(model_class(name), Retrieval)]
+CLICK = [name for name in MODELS if issubclass(model_class(name), Click)]
+models = pytest.mark.parametrize("name", RETRIEVAL)
+clicks = pytest.mark.parametrize("name", CLICK)
 SMALL = dict(sasrec=dict(width=16, max_length=5), gsasrec=dict(width=16, max_length=5, negatives=7))
 SMALL["sasrec-binary"] = SMALL["sasrec"]
 
@@ -82,6 +89,49 @@ def test_scoring_does_not_change_the_model(name, split):
     first = model.scores(units[np.arange(5)])
     model.scores(units[np.arange(9)]).fill_(0)
     assert all(v.equal(before[k]) for k, v in model.state_dict().items()) and model.scores(units[np.arange(5)]).equal(first)
+
+
+@pytest.fixture(scope="module")
+def asked():
+    dataset = make_world(SyntheticWorld(n_users=80)).dataset
+    split = new_users(leave_last_fraction(dataset), .4)
+    features = make_features(dataset, split)
+    return split, features, Questions(split, features, "test")
+
+
+def answerer(name, asked, seed=0):
+    known = inspect.signature(model_class(name).from_split).parameters
+    return build(model_class(name), asked[0], seed, features=asked[1], **(dict(width=8) if "width" in known else {}))
+
+
+def test_every_model_keeps_one_contract():
+    assert sorted(RETRIEVAL + CLICK) == sorted(MODELS) and RETRIEVAL and CLICK
+
+
+@clicks
+def test_click_logits_are_finite_and_a_question_alone_is_answered_as_in_company(name, asked):
+    model, questions = answerer(name, asked).eval(), asked[2]
+    together = model(questions[np.arange(30)])
+    assert together.shape == (30,) and together.isfinite().all()
+    alone = torch.cat([model(questions[np.array([i])]) for i in range(30)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+@clicks
+def test_click_losses_have_gradients_for_every_weight(name, asked):
+    model, questions = answerer(name, asked).train(), asked[2]
+    value, parts = model.loss(questions[np.arange(len(questions))])
+    assert value.shape == () and value.isfinite() and parts
+    if any(p.requires_grad for p in model.parameters()):
+        value.backward()
+        assert not [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())]
+
+
+@clicks
+def test_click_weights_come_from_the_seed(name, asked):
+    state = lambda seed: torch.cat([v.float().ravel() for v in answerer(name, asked, seed).state_dict().values()])
+    assert state(3).equal(state(3))
+    if any(p.requires_grad for p in answerer(name, asked).parameters()): assert not state(3).equal(state(4))
 
 
 @pytest.mark.parametrize("wrong, near", [("sasrek", "sasrec"), ("item_knn", "item-knn"), ("popular", "popularity")])
