@@ -17,8 +17,8 @@ from l2rec.data.load import load_dataset
 from l2rec.data.splits import global_time, leave_last_fraction, leave_last_out, new_users, training_fraction, with_validation
 from l2rec.evaluation.ranking import rank_targets
 from l2rec.training.contracts import build
-from l2rec.training.models import MODELS, model_class
-from worlds import dataset, random_dataset
+from l2rec.training.models import model_class
+from worlds import RETRIEVAL, dataset, random_dataset
 
 
 @pytest.fixture(scope="module", params=["plain", "hidden"])
@@ -110,7 +110,7 @@ def test_ease_at_size():
 PROTOCOLS = {"leave-last-out": leave_last_out, "fraction": lambda d: leave_last_fraction(d, .2, .3), "global time": lambda d: global_time(d, .2, .2)}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", RETRIEVAL)
 @pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
 def test_no_model_reads_what_is_held_out(name, protocol):
     split = new_users(protocol(random_dataset(n_users=50, seed=3)), .2)

@@ -12,10 +12,8 @@ from l2rec.data.synthetic import SyntheticWorld, make_world
 from l2rec.mail.features import Questions, make_features
 from l2rec.training.contracts import Click, Retrieval, build
 from l2rec.training.models import MODELS, model_class, model_path
-from worlds import random_dataset
+from worlds import CLICK, RETRIEVAL, random_dataset
 
-RETRIEVAL = [name for name in MODELS if issubclass(model_class(name), Retrieval)]
-CLICK = [name for name in MODELS if issubclass(model_class(name), Click)]
 models = pytest.mark.parametrize("name", RETRIEVAL)
 clicks = pytest.mark.parametrize("name", CLICK)
 SMALL = dict(sasrec=dict(width=16, max_length=5), gsasrec=dict(width=16, max_length=5, negatives=7))

@@ -8,9 +8,9 @@ import torch
 from l2rec.data.splits import leave_last_out, new_users
 from l2rec.training import recommend as recommending
 from l2rec.training.contracts import Retrieval, build
-from l2rec.training.models import MODELS, model_class
+from l2rec.training.models import model_class
 from l2rec.training.recommend import recommend, write_recommendations
-from worlds import dataset, random_dataset
+from worlds import RETRIEVAL, dataset, random_dataset
 
 
 class Recorder(Retrieval):
@@ -94,7 +94,7 @@ def test_k_out_of_range(split, k):
         recommend(Recorder(split.n_items), split, k)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", RETRIEVAL)
 def test_every_model_recommends(split, name):
     model = build(model_class(name), split).train()
     found = recommend(model, split, 4)

@@ -4,6 +4,11 @@ import numpy as np
 import polars as pl
 
 from l2rec.data.dataset import Dataset, make_dataset
+from l2rec.training.contracts import Click, Retrieval
+from l2rec.training.models import MODELS, model_class
+
+RETRIEVAL = [name for name in MODELS if issubclass(model_class(name), Retrieval)]
+CLICK = [name for name in MODELS if issubclass(model_class(name), Click)]
 
 
 def table(histories: dict[int, list[int]], **columns: list) -> pl.DataFrame:
