@@ -202,6 +202,14 @@ def test_the_csv_holds_what_is_drawn(gains):
     assert drawn == sorted(round(v, 9) for v in data['mean']) and [ax.get_title('left') for ax in figure.axes] == ['made-up-films, new users', 'made-up-films, old users']
     with pytest.raises(ValueError, match='no arm can be compared'): cold_start.cold_start_figure(gains.clear())
 
+def test_the_legend_names_every_ranker_even_one_that_the_first_panel_lacks(gains):
+    some = gains.filter((pl.col('other') == 'basednn') | ((pl.col('other') == 'din') & pl.col('model').str.ends_with('+mail-base') & pl.col('metric').str.starts_with('old/')))
+    figure, data = cold_start.cold_start_figure(some)
+    named = {text.get_text(): handle for text, handle in zip(figure.legends[0].get_texts(), figure.legends[0].legend_handles)}
+    assert list(named) == ['BaseDNN', 'DIN'] and data.filter(pl.col('model').str.starts_with('din'), metric='new/auc').is_empty()
+    marks = {(line.get_color(), line.get_marker()) for ax in figure.axes for line in ax.lines if line.get_marker() not in ('None', '', None)}
+    assert {(handle.get_color(), handle.get_marker()) for handle in named.values()} == marks
+
 def test_losses_by_batch(runs):
     steps = cold_start.loss_steps(runs)
     assert steps['step'].min() == 1 and set(steps['term']) == {'attributes', 'behaviour', 'alignment', 'click log loss'}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
-from .rankers import drop_out
+from ..training.dropout import drop_out
 from .alignment import bandwidth, discrepancy, paired_square
 
 # %% ../../nbs/mail/05_tower.ipynb #c05

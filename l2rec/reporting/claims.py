@@ -109,7 +109,7 @@ def ledger_markdown(
 ) -> str:
     "The ledger for readers: each claim with its source, then a row a dataset."
     parts = [f'# Claims, profile {profile}', 'The verdict follows from the interval (95 %) and the threshold named with the claim. Intervals are paired over users, a bootstrap of the seed-averaged difference; '
-             'in the experiments named cold_start, where each seed draws other new users, they are over users and seeds. '
+             'in the experiments of clicks (cold_start, where each seed draws other new users, and click_through) they are over users and seeds. '
              'Marks: A attested by the paper, S by a second source, P proposed here. Intervals are not corrected for the number of rows.']
     for (claim,), rows in ledger.group_by('claim', maintain_order=True):
         head = rows.row(0, named=True)

@@ -25,6 +25,7 @@ import matplotlib
 import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from scipy import stats
 
 from ..evaluation.significance import check_same_users, holm, seed_spread
@@ -396,7 +397,7 @@ def cold_start_figure(
                     for mean, low, high in data.filter(dataset=dataset, metric=metric, model=named(ranker, arm)).select('mean', 'ci_low', 'ci_high').rows():
                         y = j + .72 * ((i + .5) / len(styles) - .5)
                         ax.hlines(y, low, high, color=style['color'], linewidth=1.3, alpha=.7)
-                        ax.plot([mean], [y], **style, linestyle='', markersize=5, label=RANKERS.get(ranker, ranker) if j == 0 and ax is axes[0] else '_')
+                        ax.plot([mean], [y], **style, linestyle='', markersize=5)
             ax.set_yticks(range(len(arms)), [ARMS[a] for a in arms])
             ax.set(ylim=(len(arms) - .4, -.6), xlabel=f'{MEASURES[measure]} minus the ranker alone')
             ax.locator_params(axis='x', nbins=5)
@@ -405,7 +406,8 @@ def cold_start_figure(
         for left, right in zip(axes[::2], axes[1::2]):
             both = [*left.get_xlim(), *right.get_xlim()]
             left.set_xlim(min(both), max(both)); right.set_xlim(min(both), max(both))
-        figure.legend(loc='outside upper center', ncols=len(styles), frameon=False)
+        figure.legend(handles=[Line2D([], [], **style, linestyle='', markersize=5, label=RANKERS.get(ranker, ranker)) for ranker, style in styles.items()],
+                      loc='outside upper center', ncols=len(styles), frameon=False)
     return figure, data
 
 # %% ../../nbs/reporting/03_cold_start.ipynb #c48

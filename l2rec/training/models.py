@@ -11,19 +11,25 @@ import importlib
 
 # %% ../../nbs/training/02_models.ipynb #c03
 MODELS = {
-    "popularity":    "l2rec.baselines.popularity:Popularity",
-    "item-knn":      "l2rec.baselines.item_knn:ItemKNN",
-    "item-knn-last": "l2rec.baselines.item_knn:LastItemKNN",
-    "ease":          "l2rec.baselines.ease:EASE",
-    "sasrec":        "l2rec.baselines.sasrec:SASRec",
-    "sasrec-binary": "l2rec.baselines.sasrec_binary:BinarySASRec",
-    "gsasrec":       "l2rec.baselines.gsasrec:GSASRec",
-    "like-rate":     "l2rec.mail.rates:LikeRate",
-    "basednn":       "l2rec.mail.rankers:BaseDNN",
-    "dmr":           "l2rec.mail.attention_rankers:DMR",
-    "din":           "l2rec.mail.attention_rankers:DIN",
-    "deepfm":        "l2rec.mail.crossing_rankers:DeepFM",
-    "dcnv2":         "l2rec.mail.crossing_rankers:DCNv2",
+    "popularity":           "l2rec.baselines.popularity:Popularity",
+    "item-knn":             "l2rec.baselines.item_knn:ItemKNN",
+    "item-knn-last":        "l2rec.baselines.item_knn:LastItemKNN",
+    "ease":                 "l2rec.baselines.ease:EASE",
+    "sasrec":               "l2rec.baselines.sasrec:SASRec",
+    "sasrec-binary":        "l2rec.baselines.sasrec_binary:BinarySASRec",
+    "gsasrec":              "l2rec.baselines.gsasrec:GSASRec",
+    "like-rate":            "l2rec.mail.rates:LikeRate",
+    "basednn":              "l2rec.mail.rankers:BaseDNN",
+    "dmr":                  "l2rec.mail.attention_rankers:DMR",
+    "din":                  "l2rec.mail.attention_rankers:DIN",
+    "deepfm":               "l2rec.mail.crossing_rankers:DeepFM",
+    "dcnv2":                "l2rec.mail.crossing_rankers:DCNv2",
+    "hi-sam":               "l2rec.hisam.transformer:HiSAM",
+    "id-transformer":       "l2rec.hisam.transformer:IdTransformer",
+    "semantic-transformer": "l2rec.hisam.transformer:SemanticTransformer",
+    "feature-transformer":  "l2rec.hisam.transformer:FeatureTransformer",
+    "hstu":                 "l2rec.hisam.comparators:HSTUClicks",
+    "semantic-mlp":         "l2rec.hisam.comparators:SemanticMLP",
 }
 
 # %% ../../nbs/training/02_models.ipynb #c04

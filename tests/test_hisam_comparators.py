@@ -1,0 +1,125 @@
+"""HSTU and the ranking network on pieces against slow passes a question, and the pieces against their definition."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import gelu, layer_norm, silu
+
+from l2rec.data.batches import ClickData
+from l2rec.data.dataset import DataError
+from l2rec.data.splits import leave_last_fraction
+from l2rec.hisam.comparators import HSTUClicks, SemanticMLP, ngram_pieces, unigram_pieces
+from l2rec.hisam.histories import HistoryData, HistoryModule, HistoryWindows, as_histories
+from l2rec.hisam.tokenizer import SemanticIds
+from l2rec.hisam.transformer import ItemSide
+from l2rec.training.contracts import build
+from l2rec.training.modules import fit
+from test_hisam_transformer import ids
+from worlds import random_dataset
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def split(): return leave_last_fraction(random_dataset(), .2, .2)
+
+
+def made(split, cls, **more):
+    model = build(cls, split, 0, **{**dict(items=ItemSide(ids(split)), width=16, max_length=6), **more}).double().eval()
+    with torch.no_grad():
+        for p in model.parameters(): p.normal_(0, .4)
+    return model
+
+
+def one_by_one(batch, answer):
+    out = []
+    for at, row in zip(batch.asked.tolist(), batch.row.tolist()):
+        part = slice(int(batch.offsets[row]), at + 1)
+        out.append(answer(batch.item[part].tolist(), batch.feedback[part].tolist(), batch.gap[part].tolist()))
+    return torch.stack(out)
+
+
+def slow_hstu(model, items, feedback, gaps):
+    n = len(items)
+    x = torch.stack([model.item.weight[i] + model.gap.weight[g] + model.feedback.weight[2 if k == n - 1 else int(f)] for k, (i, f, g) in enumerate(zip(items, feedback, gaps))])
+    for layer in model.layers:
+        u, v, q, k = silu(layer_norm(x, x.shape[-1:], layer.norm.weight, layer.norm.bias) @ layer.mix.weight.T + layer.mix.bias).chunk(4, -1)
+        v, q, k = (y.unflatten(-1, (layer.heads, -1)) for y in (v, q, k))
+        out = torch.zeros_like(v)
+        for i in range(n):
+            for j in range(i + 1):
+                for h in range(layer.heads): out[i, h] += silu(q[i, h] @ k[j, h] + layer.bias[h, i - j]) / layer.size * v[j, h]
+        av = layer_norm(out.flatten(1), x.shape[-1:], layer.norm_out.weight, layer.norm_out.bias, 1e-6)
+        x = x + (av * u) @ layer.out.weight.T + layer.out.bias
+    return model.head(x[-1])[0]
+
+
+def slow_mlp(model, items, feedback, gaps):
+    vector = lambda i: model.table.weight[model.pieces[model.offsets[i]:model.offsets[i + 1]]].mean(0)
+    candidate, inputs = vector(items[-1]), []
+    for sign in (1, 0):
+        mine = [vector(i) for i, f in zip(items[:-1], feedback[:-1]) if f == sign]
+        mean = torch.stack(mine).mean(0) if mine else torch.zeros_like(candidate)
+        inputs += [mean, mean * candidate, torch.tensor([len(mine)]).double().log1p()]
+    x = torch.cat([candidate + model.gap.weight[gaps[-1]], *inputs])
+    for layer in model.network:
+        if isinstance(layer, torch.nn.Linear): x = x @ layer.weight.T + layer.bias
+        elif isinstance(layer, torch.nn.GELU): x = gelu(x, approximate="tanh")
+    return x[0]
+
+
+@pytest.mark.parametrize("cls, slow, more", [(HSTUClicks, slow_hstu, dict(heads=2)), (HSTUClicks, slow_hstu, dict(heads=1, layers=1)), (HSTUClicks, slow_hstu, dict(heads=4, layers=3)),
+                                             (SemanticMLP, slow_mlp, dict(pieces="ngram")), (SemanticMLP, slow_mlp, dict(vocabulary=40))])
+@pytest.mark.parametrize("part", ["train", "test"])
+@torch.no_grad()
+def test_windows_are_single_questions(split, cls, slow, more, part):
+    model = made(split, cls, **more)
+    batch = HistoryWindows(split, part, max_length=6)[np.arange(8)]
+    assert torch.allclose(model(batch), one_by_one(batch, lambda *q: slow(model, *q)), atol=1e-9)
+    clicks = next(iter(ClickData(split, 5, max_length=9).train_dataloader()))
+    assert torch.allclose(model(clicks), one_by_one(as_histories(clicks, 6), lambda *q: slow(model, *q)), atol=1e-9)
+
+
+@pytest.mark.parametrize("cls, more", [(HSTUClicks, dict(heads=2)), (SemanticMLP, dict(pieces="ngram"))])
+def test_they_learn_and_refuse_longer_windows(split, cls, more):
+    model, data = build(cls, split, 0, items=ItemSide(ids(split)), width=8, max_length=6, **more), HistoryData(split, 64, max_length=6)
+    history = fit(HistoryModule(model, data, lr=.01), data, max_epochs=4, monitor="validation/auc", progress=False).history
+    assert history["loss"][-1] < history["loss"][0]
+    with pytest.raises(ValueError, match="max_length=6"): model(HistoryWindows(split, "train", max_length=12)[np.arange(len(HistoryWindows(split, "train", max_length=12)))])
+    model.zero_grad()
+    model.loss(HistoryWindows(split, "train", max_length=6)[np.arange(9)])[0].backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("longest", [1, 2, 3, 9])
+def test_ngrams_are_runs_of_codes_at_their_levels(longest):
+    codes = np.random.default_rng(0).integers(0, 3, (40, 3))
+    pieces, n = ngram_pieces(codes, longest)
+    runs = [(a, b) for b_a in range(1, min(longest, 3) + 1) for a in range(3 - b_a + 1) for b in [a + b_a]]
+    assert pieces.shape == (40, len(runs)) and set(pieces.ravel()) == set(range(n))
+    for c, (a, b) in enumerate(runs):
+        for i in range(40):
+            for j in range(i): assert (pieces[i, c] == pieces[j, c]) == np.array_equal(codes[i, a:b], codes[j, a:b])
+
+
+def test_unigram_pieces_spell_their_items_and_popular_items_get_pieces_of_their_own():
+    codes = np.random.default_rng(0).integers(0, 6, (200, 4))
+    counts = np.where(np.arange(200) < 10, 5_000, 1)
+    pieces, offsets, n = unigram_pieces(codes, (6, 6, 6, 6), counts, 60)
+    assert len(offsets) == 201 and offsets[-1] == len(pieces) and pieces.max() < n <= 60 and np.diff(offsets).min() >= 1 and np.diff(offsets).max() <= 4
+    assert np.diff(offsets)[:10].mean() < np.diff(offsets)[10:].mean()
+    same = unigram_pieces(codes, (6, 6, 6, 6), counts, 60)
+    assert np.array_equal(pieces, same[0]) and np.array_equal(offsets, same[1])
+    words = {tuple(c): tuple(pieces[a:b]) for c, a, b in zip(codes.tolist(), offsets, offsets[1:])}
+    assert len(set(words.values())) == len(words)                                       # different codes, different pieces
+    with pytest.raises(ValueError, match="vocabulary=20"): unigram_pieces(codes, (6,) * 4, counts, 20)
+
+
+def test_bad_input(split):
+    with pytest.raises(ValueError, match="pieces='bpe'"): made(split, SemanticMLP, pieces="bpe")
+    with pytest.raises(ValueError, match="semantic ids, and there are none"): made(split, SemanticMLP, items=ItemSide())
+    other = ids(split)
+    with pytest.raises(DataError, match="do not belong"): made(split, SemanticMLP, items=ItemSide(SemanticIds(other.item_id + 1, other.codes, other.sizes, other.names)))
+    with pytest.raises(ValueError, match="heads"): made(split, HSTUClicks, heads=3)
+    with pytest.raises(ValueError, match="max_length=0"): made(split, HSTUClicks, max_length=0)
+    with pytest.raises(ValueError, match="hidden"): made(split, SemanticMLP, hidden=(), vocabulary=40)
