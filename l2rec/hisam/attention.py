@@ -55,7 +55,7 @@ class Sight:
                  before: Tensor | str | None,   # Int[N, C]
                  real: Tensor | None):          # Float[N, T*M], 0 or 1
         self.group, self.each, self.causal, self.before, self.real = group, each, isinstance(before, str), before, real
-        rows, budget = (192, 1 << 18) if like.device.type == "cpu" else (2048, 1 << 26)
+        rows, budget = (144, 1 << 18) if like.device.type == "cpu" else (2048, 1 << 26)
         step = max(1, min(items, rows // max(group, 1)))
         self.tiles, self.largest = [], 0
         for first in range(0, items if group else 0, step):
@@ -130,11 +130,11 @@ def memory_weights(q: Tensor,        # Float[n, c*G, d], or d + 1 with its colum
 def add_memory(total: Tensor, # Float[N, C, G, d + 1]
                q: Tensor, keys: Tensor, values: Tensor, sight: Sight, shifted: bool) -> Tensor:
     "total += sum_j e^s_j [v_j, 1] over the visible memory, in place."
-    scratch, width = q.new_empty(sight.largest), q.shape[-1] - (not shifted)
+    scratch, width, upright = q.new_empty(sight.largest), q.shape[-1] - (not shifted), values.mT.contiguous()
     for tile in sight.tiles:
         heads, items, n = tile
         w = memory_weights(q[heads, items, :, :width].flatten(1, 2), keys[heads, :width, :n], sight, tile, scratch, shifted)
-        total[heads, items].add_(torch.bmm(w, values[heads, :, :n].mT).view(w.shape[0], -1, *q.shape[2:]))
+        total[heads, items].add_(torch.bmm(w, upright[heads, :n]).view(w.shape[0], -1, *q.shape[2:]))
     return total
 
 # %% ../../nbs/hisam/08_attention.ipynb #c17
@@ -144,15 +144,15 @@ def memory_gradients(dq: Tensor,                                          # Floa
     "Gradients of keys and values, Float[N, d, T*M]; that of q is added to dq in place."
     d = q.shape[-1] - 1
     dk, dv = torch.zeros_like(keys[:, :d]), torch.zeros_like(values[:, :d])
-    one, two = q.new_empty(sight.largest), q.new_empty(sight.largest)
+    one, two, upright = q.new_empty(sight.largest), q.new_empty(sight.largest), keys[:, :d].mT.contiguous()
     for tile in sight.tiles:
         heads, items, n = tile
-        x, y, key = q[heads, items].flatten(1, 2), g[heads, items].flatten(1, 2), keys[heads, :, :n]
-        w = memory_weights(x, key, sight, tile, one, clamp)
+        x, y = q[heads, items].flatten(1, 2), g[heads, items].flatten(1, 2)
+        w = memory_weights(x, keys[heads, :, :n], sight, tile, one, clamp)
         dv[heads, :, :n].add_(torch.bmm(y[..., :d].mT, w))
         w *= scores(y, values[heads, :, :n], two)               # e
         dk[heads, :, :n].add_(torch.bmm(x[..., :d].mT, w))
-        dq[heads, items].add_(torch.bmm(w, key[:, :d].mT).view(w.shape[0], -1, q.shape[2], d))
+        dq[heads, items].add_(torch.bmm(w, upright[heads, :n]).view(w.shape[0], -1, q.shape[2], d))
     return dk, dv
 
 # %% ../../nbs/hisam/08_attention.ipynb #c19
