@@ -9,6 +9,9 @@ import torch
 from l2rec.data.batches import Clicks, Targets, Windows
 from l2rec.data.splits import leave_last_fraction, leave_last_out, new_users
 from l2rec.data.synthetic import SyntheticWorld, make_world
+from l2rec.hisam.modalities import make_modalities
+from l2rec.hisam.tokenizer import SemanticIds
+from l2rec.hisam.transformer import ItemSide
 from l2rec.mail.features import Questions, make_features
 from l2rec.training.contracts import Click, Retrieval, build
 from l2rec.training.models import MODELS, model_class, model_path
@@ -93,13 +96,14 @@ def test_scoring_does_not_change_the_model(name, split):
 def asked():
     dataset = make_world(SyntheticWorld(n_users=80)).dataset
     split = new_users(leave_last_fraction(dataset), .4)
-    features = make_features(dataset, split)
-    return split, features, Questions(split, features, "test")
+    features, codes = make_features(dataset, split), np.random.default_rng(0).integers(0, 8, (split.n_items, 3))
+    items = ItemSide(SemanticIds(split.item_id, codes, (8, 8, 8), ("flat_1", "flat_2", "flat_3")), make_modalities(dataset, split, text="", image="image"))
+    return split, dict(features=features, items=items, width=16), Questions(split, features, "test")
 
 
 def answerer(name, asked, seed=0):
     known = inspect.signature(model_class(name).from_split).parameters
-    return build(model_class(name), asked[0], seed, features=asked[1], **(dict(width=8) if "width" in known else {}))
+    return build(model_class(name), asked[0], seed, **{k: v for k, v in asked[1].items() if k in known})
 
 
 def test_every_model_keeps_one_contract():
