@@ -1,4 +1,5 @@
 """Click-through tables, figures and claims from made-up records, against numbers made by hand, finite differences, a bootstrap over users and plain loops."""
+import re
 import shutil
 import subprocess
 import sys
@@ -214,7 +215,75 @@ def test_a_search_of_several_variants_and_without_files(tmp_path):
     table = click_through.click_search_table(tables.read_experiment(tmp_path, 'demo', 'click_search', per_user=False))
     assert [(r[1], r[3], r[5]) for r in table.rows] == [('Hi-SAM', '–', 'lr 0.001, pool mean'), ('flat RQ-VAE ids', '–', 'lr 0.002'), ('DIN', '3', '–')]
 
+# ---- what the runs were given
+
+def given(path, search=True, **parameters):
+    "Write the parameters into every record of click_through under `path`; without a search, remove those of click_search."
+    for folder in (path / 'demo' / 'runs' / 'click_through').glob('*/*/seed-*'):
+        old = read_record(folder)
+        write_record(folder, old.metrics, old.per_user(), None, {**old.provenance, 'parameters': {**old.provenance['parameters'], **parameters}}, {p.name: pl.read_csv(p) for p in folder.glob('*.csv') if p.name != 'history.csv'})
+    if not search: shutil.rmtree(path / 'demo' / 'runs' / 'click_search')
+    return tables.read_experiment(path, 'demo', 'click_through')
+
+def test_shortened_users_and_models_without_a_search_are_told(own, runs):
+    assert click_through.given_notes(runs, runs.models()) == [] and click_through.untuned(runs, FILMS, ['din', 'hi-sam+no-mi']) == []
+    found = given(own, False, cold_share=.2, split='x, 0.2 of the users shortened to 7 (seed 0)', lr=.001, hyperparameters={'dropout': .1})
+    gains = click_through.hisam_minus(found, click_through.main_models(found))
+    shortened, tuned = click_through.click_through_table(found, gains=gains).notes
+    assert f'on {FILMS}, 20 % of the users were made cold' in shortened and 'the newest 7 interactions at most, 6 for training and one for validation' in shortened
+    assert tuned == f'**Not tuned**: on {FILMS} no search was made for any model. They ran with lr 0.001 and dropout 0.1.'
+    said = click_through.describe_click_through(found, gains)
+    assert 'Its histories are shortened: 20 %' in said and '**Not tuned**: no model had a search on it' in said
+    assert any('Shortened' in note for note in click_through.ablation_table(found).notes) and any('Not tuned' in note for note in click_through.sizes_table(found).notes)
+
+def test_one_model_without_a_search_stands_in_the_ledger(own):
+    shutil.rmtree(own / 'demo' / 'runs' / 'click_search' / FILMS / 'din')
+    found = tables.read_experiment(own, 'demo', 'click_through')
+    assert click_through.untuned(found, FILMS, click_through.main_models(found)) == ['din'] and click_through.untuned(found, FILMS, ['zebra']) == []
+    assert [n for n in click_through.click_through_table(found).notes] == [f'**Not tuned**: on {FILMS} no search was made for DIN.']
+    (din,), (hstu,) = (click_through.beats('hi-sam', m)(found) for m in ('din', 'hstu'))
+    assert din.seeds == f'{SEEDS} pairs, DIN not tuned' and hstu.seeds == f'{SEEDS} pairs' and click_through.pairs(found, FILMS, ('hi-sam',), 1) == '1 pair'
+    shutil.rmtree(own / 'demo' / 'runs' / 'click_search')
+    assert click_through.gains_more_when_cold('hstu')(found)[0].seeds == f'{SEEDS} pairs, not tuned'
+
+def test_cold_questions_are_counted_by_a_loop(runs):
+    table = runs.per_user.filter(model='hi-sam', seed=0)
+    before = [r['history_length'] + i for r in table.iter_rows(named=True) if r['cold'] for i in range(r['n'])]
+    said = click_through.cold_questions(runs, FILMS)
+    assert f"{table['cold'].sum()} of 240 users are cold, with {len(before):,} of 4,800 questions" in said
+    assert f'{100 * np.mean([b < 10 for b in before]):.1f} % of these questions have fewer than ten interactions before them (median {np.median(before):.0f})' in said
+    assert click_through.cold_questions(replace(runs, per_user=runs.per_user.with_columns(cold=pl.lit(False))), FILMS) == '' == click_through.cold_questions(runs, 'none')
+
+def test_the_only_model_is_not_the_best_and_doubtful_differences_have_a_dagger(runs, gains):
+    alone = click_through.within(runs, ['hi-sam'])
+    assert not any('**' in cell for r in click_through.click_through_table(alone).rows for cell in r)
+    said = click_through.describe_click_through(runs, gains.with_columns(p_holm=pl.when(model='din').then(.2).otherwise('p_holm')))
+    assert 'DIN +' in said and re.search(r'DIN \+\.\d+† \[', said) and 'does not stand after the correction' in said and '†' not in click_through.describe_click_through(runs, gains.with_columns(p_holm=pl.lit(0.)))
+    crossed = gains.with_columns((pl.when((pl.col('model') == 'din') & (pl.col('metric') == 'gauc')).then(-pl.col(c)).otherwise(c)).alias(c) for c in ('mean', 'ci_low', 'ci_high'))
+    crossed = crossed.with_columns(ci_low=pl.min_horizontal('ci_low', 'ci_high'), ci_high=pl.max_horizontal('ci_low', 'ci_high'))
+    assert 'above by AUC and below by GAUC in the comparison with DIN' in click_through.describe_click_through(runs, crossed)
+
+def test_what_a_variant_changes_besides(runs):
+    (note,) = click_through.ablation_table(runs).notes
+    assert all(f'*{click_through.PARTS[v]}*' in note for v in ('no-alignment', 'no-anchors', 'anchor-first')) and 'by construction' in note
+    assert click_through.ablation_table(click_through.within(runs, ['hi-sam', 'hi-sam+no-mi'])).notes == ()
+    assert 'anchor first*' in (said := click_through.describe_ablation(click_through.hisam_minus(runs, click_through.ablations(runs)))) and '(it has a memory without any content of the items' in said
+    (note,) = click_through.sizes_table(runs).notes
+    assert note == '**Number and kind of levels change together**: 2 levels are 2 shared and none of one modality; 4 levels (Hi-SAM) are 2 shared and 2 of one modality; 6 levels are 2 shared and 4 of one modality.'
+    assert 'said of their kind' in click_through.describe_sizes(click_through.sizes_table(runs)) and click_through.sizes_table(click_through.within(runs, ['hi-sam', 'hi-sam+codes-64'])).notes == ()
+
 # ---- the tokenizer
+
+def test_a_tokenizer_on_another_split_gives_way(own):
+    "Where both experiments describe a tokenizer, it is that of the experiment tokenizer on the same split, that of click_through on another."
+    given(own, split='shortened', cold_share=.2)
+    for split, experiment in (('shortened', 'tokenizer'), ('full', 'click_through')):
+        write_record(record_path(own, 'demo', 'tokenizer', FILMS, 'hi-sam', '', 0), {'tokenizer/collisions': .5}, None, None, {'seed': 0, 'parameters': {'split': split}})
+        tokens = click_through.tokenizer_runs(own, 'demo')
+        assert {r.path.parents[2].name for k, r in tokens.records.items() if k[:2] == (FILMS, 'hi-sam')} == {experiment}
+        table = click_through.tokenizer_table(tokens)
+        assert row(table.long, dataset=FILMS, model='hi-sam', metric='tokenizer/collisions')['mean'] == (.5 if experiment == 'tokenizer' else pytest.approx(.01))
+        assert any(n.startswith('**Whose**') and 'on made-up-world of the experiment tokenizer: ' in n for n in table.notes) and any(f'on {FILMS}, 20 % of the users were shortened' in n for n in table.notes)
 
 def test_the_tokenizers_of_both_experiments(made, tokens):
     assert tokens.datasets() == [FILMS, 'made-up-world'] and 'hi-sam+no-alignment' not in {m for d, m, _ in tokens.keys() if d == 'made-up-world'}
@@ -223,7 +292,7 @@ def test_the_tokenizers_of_both_experiments(made, tokens):
     assert table.rows[0][:2] == (FILMS, 'DST') and table.rows[0][3].split(' ')[0] == tables.number(lowest)
     assert row(table.long, dataset=FILMS, model='hi-sam', metric='tokenizer/collisions')['mean'] == pytest.approx(.01)
     said = click_through.describe_tokenizer(tokens)
-    assert 'no sign of collapse in DST (' in said and '**too few codes in use or too many collisions in RQ-VAE (' in said
+    assert 'no sign of collapse in DST (' in said and '**fewer than 90 % of the codes in use in RQ-VAE (' in said and '**2 % of the items or more collide in RQ-VAE (' in said
     with pytest.raises(tables.MissingRecords): click_through.tokenizer_runs(made, 'gpu')
 
 def test_codes_in_use(own):
@@ -236,7 +305,11 @@ def test_codes_in_use(own):
     figure, drawn = click_through.codebooks_figure(click_through.code_use(tokens))
     assert len([ax for ax in figure.axes if ax.lines]) == 6 and set(drawn['model']) == {'hi-sam', 'hi-sam+rq-vae', 'hi-sam+rq-kmeans'}
     unused = full.filter(pl.col('items') == 0).height
-    assert f'DST leaves {unused} of 256 codes unused' in click_through.describe_codebooks(use)
+    assert f'DST leaves {unused} of 256 codes unused' in click_through.describe_codebooks(use) and not use['lacks'].any()
+    more = pl.concat([full, pl.DataFrame({'level': ['image_1'], 'code': [64], 'items': [900]}, schema=full.schema)])   # one code more: that of items without an image
+    write_record(path, read_record(path).metrics, None, None, {}, {'codes.csv': more})
+    use = click_through.code_use(click_through.tokenizer_runs(own, 'demo')).filter(dataset='made-up-world', model='hi-sam')
+    assert use.filter('lacks').select('level', 'place', 'items').rows() == [('image_1', 1, 900)] and 'the first code of image 1 is that of the 900 items without an image' in click_through.describe_codebooks(use)
     with pytest.raises(ValueError, match='codes.csv'): click_through.codebooks_figure(drawn.clear())
 
 def test_training_of_the_tokenizer(tokens):
@@ -245,7 +318,9 @@ def test_training_of_the_tokenizer(tokens):
     mine = training.filter(dataset=FILMS, model='hi-sam', seed=1)
     assert np.allclose(mine.filter(term='utilisation')['value'], [min(r) for r in file.select(pl.col('^.*/utilisation$')).rows()]) and np.allclose(mine.filter(term='mutual_information')['value'], file['mutual_information'])
     assert training.filter(model='hi-sam+rq-vae', term='mutual_information').is_empty()
-    assert 'Without its term, the MI estimate ends at' in click_through.describe_training(training)
+    assert 'Without its term, the MI estimate ends at' in click_through.describe_training(training) and 'below zero' not in click_through.describe_training(training)
+    lower = training.with_columns(value=pl.when((pl.col('term') == 'mutual_information') & (pl.col('epoch') < 15)).then(-.5).otherwise('value'))
+    assert 'In 50 % of its epochs the MI estimate is below zero (least -0.5)' in click_through.describe_training(lower)
     with pytest.raises(ValueError, match='tokenizer.csv'): click_through.tokenizer_training_figure(training.clear())
 
 def test_disentanglement_and_neighbours(tokens, runs):
@@ -267,7 +342,8 @@ def test_disentanglement_and_neighbours(tokens, runs):
 def test_the_csv_holds_what_is_drawn(gains):
     figure, data = click_through.gains_figure(gains)
     drawn = sorted(round(float(x), 9) for ax in figure.axes for line in ax.lines if line.get_marker() not in ('None', '', None) for x in line.get_xdata())
-    assert drawn == sorted(round(v, 9) for v in data['mean']) and [ax.get_title('left') for ax in figure.axes] == ['all users', 'cold users', 'warm users', 'cold items']
+    assert drawn == sorted(round(v, 9) for v in data['mean']) and [ax.get_title('left') for ax in figure.axes] == ['all users', 'cold users', 'warm users', 'cold items (own scale)']
+    assert figure.axes[0].get_xlim() == figure.axes[2].get_xlim() != figure.axes[3].get_xlim()
     with pytest.raises(ValueError, match='no model can be compared with Hi-SAM'): click_through.gains_figure(gains.clear())
 
 def test_attention_over_anchors(runs):
@@ -286,7 +362,8 @@ def test_feedback_in_numbers_and_no_target(own):
     rewritten(path, files={'attention.csv': pl.DataFrame({'user': [7, 7], 'rank': [1, 2], 'title': ['a', 'b'], 'feedback': [1, 0], 'weight': [.75, .25]})})
     data = click_through.anchor_attention(tables.read_experiment(own, 'demo', 'click_through'))
     assert data['liked'].to_list() == [True, False] and click_through.attention_figure(data)[1].height == 2
-    assert click_through.describe_attention(data) == f'- **{FILMS}**, user 7: most weight on *a* (liked, 75 %); the 2 listed items have 100 % in all, 75 % of it on the 1 liked ones.'
+    assert click_through.describe_attention(data) == f'- **{FILMS}**, user 7: most weight on *a* (liked, 75 %); the 2 listed items have 100 % in all, 75 % of it on the 1 liked ones. Spread evenly over a full history of 100, 2 items would have 2 %.'
+    assert 'Spread' not in click_through.describe_attention(data.with_columns(max_length=pl.lit(None, pl.Int64)))
 
 def test_latency(made):
     speed = tables.read_experiment(made, 'demo', 'attention_efficiency', per_user=False)
@@ -313,6 +390,9 @@ def test_the_ledger(made):
     rounds = [1 - 1 / v for v in pl.read_csv(record_path(made, 'demo', 'attention_efficiency', FILMS, 'hi-sam') / 'history.csv').filter(ratio='latency-all-tokens')['value']]
     latency = said['hi-sam-latency', FILMS]
     assert latency['effect'] == pytest.approx(np.mean(rounds)) and latency['threshold'] == .35 and latency['verdict'] == 'supported' and latency['seeds'] == '5 rounds'
+    marks = {c.id: c.mark for c in click_through.HISAM_CLAIMS}
+    assert {m for c, m in marks.items() if c.startswith('hi-sam-cold-')} == {'P'} and {c for c, m in marks.items() if m == 'A'} == {'hi-sam-online'}
+    assert all('before the test' in c.statement for c in click_through.HISAM_CLAIMS if c.id.startswith('hi-sam-cold-') and c.id != 'hi-sam-cold-items')
     assert said['hi-sam-online', '']['reason'].startswith('needs a running service')
 
 @pytest.mark.parametrize('use, verdict', [((.95, .9), 'supported'), ((.95, .8), 'inconclusive'), ((.85, .8), 'not supported')])

@@ -1,5 +1,7 @@
 """HSTU and the ranking network on pieces against slow passes a question, and the pieces against their definition."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -113,6 +115,33 @@ def test_unigram_pieces_spell_their_items_and_popular_items_get_pieces_of_their_
     words = {tuple(c): tuple(pieces[a:b]) for c, a, b in zip(codes.tolist(), offsets, offsets[1:])}
     assert len(set(words.values())) == len(words)                                       # different codes, different pieces
     with pytest.raises(ValueError, match="vocabulary=20"): unigram_pieces(codes, (6,) * 4, counts, 20)
+
+
+def test_pieces_and_model_are_the_same_in_every_call(split):
+    """The trainer numbers equally scored pieces at random; enough of them that five calls would hardly agree by chance."""
+    g = np.random.default_rng(0)
+    codes, counts = g.integers(0, 64, (1_000, 4)), g.integers(0, 9, 1_000)
+    first, *others = [unigram_pieces(codes, (64,) * 4, counts, 400) for _ in range(5)]
+    for other in others: assert all(np.array_equal(a, b) for a, b in zip(first, other))
+    one, two = (made(split, SemanticMLP, vocabulary=40) for _ in range(2))
+    assert one.source == two.source and all(torch.equal(a, b) for a, b in zip(one.vectors(), two.vectors()))
+    assert len({one.source, made(split, SemanticMLP, pieces="ngram").source, made(split, SemanticMLP, pieces="ngram", ngrams=1).source, ids(split).sha256}) == 4
+
+
+@pytest.mark.parametrize("cls, more", [(HSTUClicks, dict(heads=2)), (SemanticMLP, dict(pieces="ngram")), (SemanticMLP, dict(vocabulary=40))])
+@torch.no_grad()
+def test_not_a_bit_of_an_answer_reaches_its_own_question(split, cls, more):
+    """In float32, where a sum that takes the own part off again would keep its rounding."""
+    model = made(split, cls, max_length=30, **more).float()
+    batch = HistoryWindows(split, "train", max_length=30)[np.arange(12)]
+    logits, changed = model(batch), 0
+    for at in range(len(batch.item)):
+        other = replace(batch, feedback=batch.feedback.clone())
+        other.feedback[at] = 1 - other.feedback[at]
+        after, end = model(other), int(batch.offsets[torch.searchsorted(batch.offsets, at, right=True)])
+        assert torch.equal(after[:at + 1], logits[:at + 1]) and torch.equal(after[end:], logits[end:])
+        changed += not torch.equal(after[at + 1:end], logits[at + 1:end])
+    assert changed > len(batch.item) / 2
 
 
 def test_bad_input(split):

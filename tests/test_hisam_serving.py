@@ -1,8 +1,11 @@
 """The kept memory against full forward passes, its ring of slots against a written-out window, and models and ids that do not belong."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from l2rec.data.dataset import DataError
 from l2rec.data.splits import leave_last_fraction
@@ -150,6 +153,44 @@ def test_what_does_not_belong_together(split, tmp_path):
     with pytest.raises(DataError, match="another catalogue"): load_model(tmp_path / "model", leave_last_fraction(random_dataset(n_items=29)), ItemSide(ids(split)))
     with pytest.raises(DataError, match="no model is saved"): load_model(tmp_path, split, ItemSide(ids(split)))
     with pytest.raises(DataError, match="do not belong"): load_model(tmp_path / "model", split, ItemSide(SemanticIds(ids(split).item_id + 1, ids(split).codes, ids(split).sizes, ids(split).names)))
+
+
+def test_values_that_do_not_fit_change_nothing(split):
+    model, past = made(split), histories(split.n_items)
+    memory, whole = build(model, past), build(model, past)
+    item, ones = torch.zeros(5, dtype=torch.long), torch.ones(5)
+    for bad, message in ((dict(candidates=item[:3, None]), r"candidates of shape \(3, 1\).*5 users"), (dict(candidates=item), "candidates of shape"), (dict(candidates=item[:, None], gap=item[:1]), "gap of shape"),
+                         (dict(candidates=item[:, None], gap=item + 99), "gap .*99.*0 .unknown. to 31")):
+        with pytest.raises(DataError, match=message): score(model, memory, **bad)
+    for bad, message in ((dict(item=item[:4], feedback=ones), r"item of shape \(4,\).*5 users"), (dict(item=item, feedback=ones[:2]), "feedback of shape"), (dict(item=item, feedback=ones + 1), "feedback .*1 = liked"),
+                         (dict(item=item, feedback=ones / 2), "feedback .*1 = liked"), (dict(item=item, feedback=ones, gap=item + 99), "gap .*99"), (dict(item=item, feedback=ones, gap=item - 1), "gap .*-1"),
+                         (dict(item=item[:2], feedback=ones[:2], rows=torch.tensor([1, 1])), "rows .*each user at most once"), (dict(item=item[:1], feedback=ones[:1], rows=torch.tensor([5])), "row 5: .*0 to 4"),
+                         (dict(item=item, feedback=ones, rows=torch.tensor([1])), "item of shape")):
+        with pytest.raises(DataError, match=message): extend(model, memory, **bad)
+    assert torch.equal(memory.seen, whole.seen) and all(torch.equal(a, b) for a, b in zip(memory.keys + memory.values, whole.keys + whole.values))
+
+
+def test_damaged_files_of_a_model(split, tmp_path):
+    model, side = made(split), ItemSide(ids(split))
+    def fresh(): return save_model(model, split, tmp_path / "model")
+    def refused(match):
+        with pytest.raises(DataError, match=match): load_model(tmp_path / "model", split, side)
+    weights = (fresh() / "model.safetensors").read_bytes()
+    for damage in (b"", weights[:50], weights[:-40], b"x" * 200):
+        (fresh() / "model.safetensors").write_bytes(damage)
+        refused("model.safetensors.*damaged")
+    (fresh() / "model.safetensors").unlink()
+    refused("model.safetensors.*missing")
+    save_file({"other": torch.zeros(1)}, fresh() / "model.safetensors")
+    refused("no weights of this model")
+    about = json.loads((fresh() / "model.json").read_text())
+    for text in ("", "{", "[]", "3", json.dumps({**about, "items": 3}), json.dumps({k: v for k, v in about.items() if k != "source"}), json.dumps({**about, "settings": {}}), json.dumps({**about, "tokens": "Other"}), json.dumps({**about, "settings": {**about["settings"], "width": "16"}}), json.dumps({**about, "settings": {**about["settings"], "depth": 3}}),
+                 json.dumps({**about, "settings": {**about["settings"], "heads": 3}})):
+        (fresh() / "model.json").write_text(text)
+        refused("model.json")
+    (tmp_path / "model" / "model.json").write_bytes(b"\xff\xfe{")
+    refused("model.json")
+    fresh(), load_model(tmp_path / "model", split, side)
 
 
 @pytest.mark.parametrize("cls", [IdTransformer, FeatureTransformer])

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from functools import wraps
 from types import SimpleNamespace
 
 import numpy as np
@@ -283,6 +284,20 @@ def test_bad_kind_and_training():
     with pytest.raises(ValueError, match="did you mean 'rq-kmeans'"): make_tokenizer("rq-kmean", items())
     with pytest.raises(ValueError, match="epochs=0"): make_tokenizer("dst", items(), **SMALL["dst"]).fit(items(), epochs=0)
     with pytest.raises(DataError, match="3 item ids.*120 items"): semantic_ids("dst", items(), np.arange(3))
+    for kind, settings, what in (("dst", dict(sample=1), "dst has no setting 'sample'"), ("rq-vae", dict(temperature=1.), "rq-vae has no setting 'temperature'"), ("rq-kmeans", dict(epochs=1), "rq-kmeans has no setting 'epochs': one of levels, size, width, sample$"),
+                                 ("dst", dict(epoch=1), "did you mean 'epochs'"), ("rq-vae", dict(epoch=1), "did you mean 'epochs'"), ("dst", dict(seeds=1), "has no setting 'seeds'"), ("dst", dict(modalities_=1), "has no setting")):
+        with pytest.raises(ValueError, match=what): semantic_ids(kind, items(), np.arange(120), **settings)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_numbers_of_numpy_are_numbers(kind):
+    given = {**SMALL[kind], **SHORT[kind]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain, _, _ = semantic_ids(kind, items(), np.arange(120), **given)
+        same, _, tokenizer = semantic_ids(kind, items(), np.arange(120), **{name: np.int64(value) for name, value in given.items()}, cache=False)
+    assert same.source == plain.source and np.array_equal(same.codes, plain.codes)
+    assert make_tokenizer("dst", items(), levels=(np.int64(1), np.int64(2)), size=np.int32(4), specific_size=np.int64(3)).sizes[0] == 4
     with pytest.raises(DataError, match="at least one modality"): DST({})
 
 
@@ -302,7 +317,7 @@ def test_code_usage():
 def test_ids_come_from_the_cache_only_where_nothing_differs(kind, monkeypatch, tmp_path):
     modalities, item_id, trainings = items(), np.arange(120) * 3, []
     fit = TOKENIZERS[kind].fit
-    monkeypatch.setattr(TOKENIZERS[kind], "fit", lambda *a, **k: trainings.append(1) or fit(*a, **k))
+    monkeypatch.setattr(TOKENIZERS[kind], "fit", wraps(fit)(lambda *a, **k: trainings.append(1) or fit(*a, **k)))
     ask = lambda modalities=modalities, **changed: semantic_ids(kind, modalities, item_id, **SMALL[kind] | SHORT[kind] | changed)
     first, history, _ = ask()
     again, kept, tokenizer = ask()

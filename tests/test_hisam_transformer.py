@@ -85,7 +85,7 @@ def slow_logit(model, items, feedback, gaps):
         q, k = turned
         out = torch.zeros_like(v)
         for t, (i, p) in enumerate(where):
-            keys = [s for s, (j, r) in enumerate(where) if (j == i and r <= p) or (j < i and r in offered and p not in model.blind)]
+            keys = [s for s, (j, r) in enumerate(where) if (j == i and r <= p) or (j < i and r in offered and (i == n - 1 or p not in model.blind))]       # blind tokens look all the same where they are asked
             for h in range(block.heads):
                 w = torch.softmax(k[keys, h] @ q[t, h] / q.shape[-1] ** .5, 0)
                 out[t, h] = w @ v[keys, h]
@@ -187,6 +187,16 @@ def test_blind_anchors_are_a_function_of_their_item_alone(split):
     assert torch.equal(list(model.history_layers(h2, by))[-1][0][:, 1:], last[:, 1:])
 
 
+@pytest.mark.parametrize("switches", [dict(), dict(layers=1), dict(layers=3), dict(memory="all"), dict(anchor="first")], ids=str)
+def test_blind_anchors_leave_the_candidate_its_history(split, switches):
+    model = made(split, anchors_see_anchors=False, **switches)
+    batch = HistoryWindows(split, "train", max_length=8)[np.arange(1)]
+    with torch.no_grad():
+        other = replace(batch, feedback=batch.feedback.clone())
+        other.feedback[0] = 1 - other.feedback[0]
+        assert (model(batch)[1:] != model(other)[1:]).all() and model(batch)[0] == model(other)[0]
+
+
 def test_gradients_of_windows_are_those_of_single_questions(split):
     batch = HistoryWindows(split, "train", max_length=4)[np.arange(1, 3)]
     model = made(split)
@@ -223,7 +233,7 @@ def test_attention_over_memory_is_what_an_item_offers_to_the_candidate(split, sw
         w = model.attention_over_memory(batch)
         place = batch.asked - batch.offsets[batch.row]
         assert w.shape == (len(batch), int(batch.length.max())) and (w >= 0).all() and (w.sum(1) < 1).all()
-        assert all((w[n, p:] == 0).all() and ((w[n, :p] > 0).all() or "anchors_see_anchors" in switches) for n, p in enumerate(place))
+        assert all((w[n, p:] == 0).all() and (w[n, :p] > 0).all() for n, p in enumerate(place))
 
 
 def test_last_token_attention_weights_add_up_and_see_nothing_ahead():

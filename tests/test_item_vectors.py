@@ -174,6 +174,19 @@ def test_settings_and_weights_are_part_of_the_key(causal, counted, tmp_path):
     assert encoder_sha256(causal) != encoder_sha256(tmp_path / "elsewhere" / causal.name)
 
 
+def test_the_code_that_made_a_vector_is_part_of_its_key(causal, vit, counted, tmp_path, monkeypatch, home):
+    def both(): encode_texts(["a b"], causal, max_tokens=8, progress=False), encode_images([picture(tmp_path / "one.png", 0)], vit, progress=False)
+    both(), both()
+    assert counted == [1, 1] and all(json.loads(path.read_text()).items() >= iv.made_by().items() for path in home.rglob("settings.json"))
+    monkeypatch.setattr(iv, "VERSION", iv.VERSION + 1)
+    both(), both()
+    assert counted == [1] * 4
+    real = iv.importlib.metadata.version
+    monkeypatch.setattr(iv.importlib.metadata, "version", lambda name: "99.1.2" if name == "transformers" else real(name))
+    both(), both()
+    assert counted == [1] * 6
+
+
 def test_default_place_and_its_two_variables(monkeypatch, tmp_path):
     assert cache_home() == tmp_path / "cache"
     monkeypatch.delenv("L2REC_CACHE")

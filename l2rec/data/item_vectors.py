@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -23,9 +24,9 @@ from tqdm.auto import tqdm
 from .dataset import DataError, file_sha256
 
 # %% auto #0
-__all__ = ['PIECE', 'MINILM', 'MINILM_SHA256', 'FILES', 'POOLINGS', 'item_texts', 'cache_home', 'vector_folder', 'held_vectors',
-           'keep_vectors', 'cached_vectors', 'encoder_folder', 'encoder_sha256', 'pool_tokens', 'token_batches',
-           'padded', 'encode_texts', 'encode_images']
+__all__ = ['VERSION', 'PIECE', 'MINILM', 'MINILM_SHA256', 'FILES', 'POOLINGS', 'item_texts', 'cache_home', 'made_by',
+           'vector_folder', 'held_vectors', 'keep_vectors', 'cached_vectors', 'encoder_folder', 'encoder_sha256',
+           'pool_tokens', 'token_batches', 'padded', 'encode_texts', 'encode_images']
 
 # %% ../../nbs/data/10_item_vectors.ipynb #c05
 def _sentence(part: str) -> str:
@@ -61,6 +62,14 @@ def _digest(*parts: bytes | str) -> str:
         part = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
+
+
+VERSION = 1 # of what this module computes from a text or a picture: raise it when a change of the code changes vectors
+
+
+def made_by() -> dict[str, int]:
+    "What stands in the settings for the code: `VERSION`, and the major version of transformers."
+    return {"version": VERSION, "transformers": int(importlib.metadata.version("transformers").split(".")[0])}
 
 
 def vector_folder(settings: dict, # everything that a vector depends on besides its input; JSON values; `encoder` is shown in the name
@@ -278,7 +287,7 @@ def encode_texts(texts: Sequence[str],
                  ) -> np.ndarray:
     """Float32[n, d]: one vector a text; zeros for a text without any character but blanks.
 
-    Vectors are kept in `cache_home()/vectors` and found by content: weights, settings, text. Raises `DataError` for an encoder that cannot be found or read, a text that is none,
+    Vectors are kept in `cache_home()/vectors` and found by content: weights, settings, `made_by`, text. Raises `DataError` for an encoder that cannot be found or read, a text that is none,
     more tokens than the encoder reads; `ValueError` for an unknown pooling. Batches differ between calls, so vectors computed at different times agree to about 1e-6."""
     if pooling not in POOLINGS: raise ValueError(f"pooling={pooling!r}: one of {', '.join(POOLINGS)}")
     if max_tokens < 1 or batch_tokens < 1: raise ValueError(f"max_tokens={max_tokens}, batch_tokens={batch_tokens}: at least 1")
@@ -287,7 +296,7 @@ def encode_texts(texts: Sequence[str],
     wrong = next((at for at, text in enumerate(texts) if not isinstance(text, str)), None)
     if wrong is not None: raise DataError(f"texts[{wrong}] is {type(texts[wrong]).__name__}, not a text; pass '' where nothing is known")
     folder = encoder_folder(encoder, revision)
-    settings = {"kind": "text", "encoder": str(encoder), "sha256": encoder_sha256(folder), "max_tokens": max_tokens, "pooling": pooling, "normalise": normalise}
+    settings = {"kind": "text", "encoder": str(encoder), "sha256": encoder_sha256(folder), "max_tokens": max_tokens, "pooling": pooling, "normalise": normalise, **made_by()}
     said = [at for at, text in enumerate(texts) if text.strip()]
     keys = [_digest(texts[at]) for at in said]
     encode = lambda chosen: _encode_texts([texts[at] for at in said], chosen, folder, encoder, max_tokens, pooling, normalise, batch_tokens, progress)
@@ -348,7 +357,7 @@ def encode_images(paths: Sequence[str | Path],  # of pictures, in any format tha
     if batch_size < 1: raise ValueError(f"batch_size={batch_size}: at least 1")
     paths = [Path(path) for path in paths]
     folder = encoder_folder(encoder, revision)
-    settings = {"kind": "image", "encoder": Path(str(encoder)).name, "sha256": encoder_sha256(folder), "pooling": pooling, "normalise": normalise}
+    settings = {"kind": "image", "encoder": Path(str(encoder)).name, "sha256": encoder_sha256(folder), "pooling": pooling, "normalise": normalise, **made_by()}
     try: keys = [file_sha256(path) for path in paths]
     except OSError as error: raise DataError(f"{error.filename}: cannot be read ({error.strerror}). Leave the item out: it may lack its picture.") from error
     held = cached_vectors(keys, settings, lambda chosen: _encode_images(paths, chosen, folder, encoder, pooling, normalise, batch_size, progress))

@@ -6,13 +6,14 @@
 __all__ = ['WindowModel', 'places', 'at_places', 'HSTULayer', 'HSTUClicks', 'ngram_pieces', 'unigram_pieces', 'SemanticMLP']
 
 # %% ../../nbs/hisam/12_comparators.ipynb #c02
+import hashlib
 from itertools import chain, repeat
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, trainers
 from torch import Tensor, nn
-from torch.nn.functional import embedding_bag, silu
+from torch.nn.functional import embedding_bag, pad, silu
 
 from ..data.batches import ClickBatch
 from ..data.splits import Split, training_counts
@@ -134,7 +135,7 @@ def unigram_pieces(codes: np.ndarray,      # Int[I, P]
                    counts: np.ndarray,     # Int[I], how often training meets the item
                    vocabulary: int = 2048, # pieces, at most
                    ) -> tuple[np.ndarray, np.ndarray, int]:
-    "Pieces Int[M] of all items, item after item, offsets Int[I+1], and their number, from a unigram model of the items' words. Raises `ValueError` for fewer pieces than codes."
+    "Pieces Int[M] of all items, item after item, offsets Int[I+1], and their number, from a unigram model of the items' words; the same in every call. Raises `ValueError` for fewer pieces than codes."
     start = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     letters = [[chr(0x4E00 + c) for c in row] for row in codes + start]        # one letter for each code of each level
     words, alphabet = ["".join(row) for row in letters], sorted(set(chain.from_iterable(letters)))
@@ -142,7 +143,8 @@ def unigram_pieces(codes: np.ndarray,      # Int[I, P]
     model = Tokenizer(models.Unigram())
     trainer = trainers.UnigramTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, special_tokens=["?"], unk_token="?", show_progress=False)
     model.train_from_iterator(chain.from_iterable(repeat(word, int(n) + 1) for word, n in zip(words, counts)), trainer)
-    pieces = [found.ids for found in model.encode_batch(words)]
+    rank = {piece: number for number, piece in enumerate(sorted(model.get_vocab()))}                       # the library's own numbers differ between calls
+    pieces = [[rank[piece] for piece in found.tokens] for found in model.encode_batch(words)]
     return np.fromiter(chain.from_iterable(pieces), np.int64), np.concatenate([[0], np.cumsum([len(p) for p in pieces])]), model.get_vocab_size()
 
 # %% ../../nbs/hisam/12_comparators.ipynb #c16
@@ -156,7 +158,8 @@ class SemanticMLP(WindowModel):
                  n_pieces: int, width: int = 64, hidden: tuple[int, ...] = (256, 128), dropout: float = .1, max_length: int = 100, source: str = ""):
         super().__init__(max_length)
         if not hidden or min(hidden) < 1: raise ValueError(f"hidden={hidden}: the units of at least one layer, each at least 1")
-        self.source, self.drop = source, Dropout(dropout)
+        parts = [source.encode(), *(np.ascontiguousarray(x, "<i8").tobytes() for x in (pieces, offsets))]
+        self.source, self.drop = hashlib.sha256(b"".join(parts)).hexdigest(), Dropout(dropout)
         self.table = nn.Embedding.from_pretrained(torch.randn(n_pieces, width) * .1, freeze=False)
         self.gap = nn.Embedding.from_pretrained(torch.randn(GAPS, width) * .1, freeze=False)
         self.register_buffer("pieces", torch.from_numpy(pieces), persistent=False)
@@ -189,7 +192,7 @@ class SemanticMLP(SemanticMLP):
         candidate, inputs = at_places(x, w), []
         for mine in (w.feedback, 1 - w.feedback):
             weight = (mine * w.real)[..., None]
-            total, count = ((y.cumsum(1) - y) for y in (x * weight, weight))                     # of the items before each position
+            total, count = (pad(y[:, :-1], (0, 0, 1, 0)).cumsum(1) for y in (x * weight, weight))  # of the items before each position
             pooled = at_places(total / count.clamp(min=1), w)
             inputs += [pooled, pooled * candidate, at_places(count, w).log1p()]
         return self.network(torch.cat([candidate + self.gap(at_places(w.gap, w)), *inputs], -1))[..., 0]

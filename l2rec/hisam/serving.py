@@ -14,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..data.batches import padded, window_index
 from ..data.dataset import DataError
 from ..data.splits import Split
-from .histories import Histories
+from .histories import GAPS, Histories
 from .transformer import IdTokens, ItemSide, ItemTransformer
 
 # %% ../../nbs/hisam/11_serving.ipynb #c05
@@ -78,6 +79,21 @@ def _rows(model: ItemTransformer, item: Tensor) -> None:
         raise DataError(f"item row {int(item.max()) if int(item.max()) >= model.tokens.n_items else int(item.min())} is not among the model's {model.tokens.n_items} items")
 
 
+def _per_user(name: str, value: Tensor, users: int, axes: int, # of the value; the first is the users
+              ) -> None:
+    "Raises `DataError` where a value does not have one row for each of `users` users."
+    if value.dim() != axes or len(value) != users:
+        raise DataError(f"{name} of shape {tuple(value.shape)}: expected [{', '.join([str(users), 'n'][:axes])}], one {'row' if axes > 1 else 'value'} for each of {users} users")
+
+
+def _all_are(name: str, value: Tensor, fits: Tensor, what: str) -> None:
+    "Raises `DataError` with the first value that does not fit."
+    if not fits.all(): raise DataError(f"{name} {value[~fits][0].item()}: {what}")
+
+
+def _gaps(gap: Tensor) -> None: _all_are("gap", gap, (gap >= 0) & (gap < GAPS), f"buckets from 0 (unknown) to {GAPS - 1}, see gap_buckets")
+
+
 def _place(model: ItemTransformer, memory: Memory, rows: Tensor | None):
     "Turns of the next item of each user, Complex[B, 1, P, 1, d/2], and how many slots it sees, Int[B, 1]."
     seen, held = (x if rows is None else x[rows] for x in (memory.seen, memory.held))
@@ -90,11 +106,12 @@ def score(model: ItemTransformer, memory: Memory,
           candidates: Tensor,              # Int[B, n] item rows for each user
           gap: Tensor | None = None,       # Int[B], bucket of the time since the user's newest item; None: unknown
           ) -> Tensor:
-    "Logits of n candidates for each of B users, Float[B, n]; equal to the full forward pass. Raises `DataError` for a memory of another model."
-    _check(model, memory), _rows(model, candidates)
+    "Logits of n candidates for each of B users, Float[B, n]; equal to the full forward pass. Raises `DataError` for a memory of another model, another number of users, an unknown item or gap."
+    _check(model, memory), _per_user("candidates", candidates, len(memory), 2), _rows(model, candidates)
+    gap = candidates.new_zeros(len(memory)) if gap is None else gap
+    _per_user("gap", gap, len(memory), 1), _gaps(gap)
     model.eval()
     by, before = _place(model, memory, None)
-    gap = candidates.new_zeros(len(memory)) if gap is None else gap
     x = model.item_tokens(candidates) + model.states(None, gap[:, None])
     before = None if len(memory) == 1 else before.expand_as(candidates)      # one user's slots are all visible
     for n, (k, v) in enumerate(zip(memory.keys, memory.values)): x = model.candidate_layer(n, x, by, k[:, :memory.most], v[:, :memory.most], before)
@@ -108,11 +125,15 @@ def extend(model: ItemTransformer, memory: Memory,
            gap: Tensor | None = None,   # Int[n] bucket of the time since the item before; None: unknown
            rows: Tensor | None = None,  # Int[n] which users of the memory, each once; None: all of them
            ) -> Memory:
-    "The memory with one item more for each of n users; changed in place, and returned. Raises `DataError` for a memory of another model."
-    _check(model, memory), _rows(model, item)
-    model.eval()
+    "The memory with one item more for each of n users; changed in place, and returned. Raises `DataError`, and changes nothing, for a memory of another model or values that do not fit."
     gap = torch.zeros_like(item) if gap is None else gap
     who = torch.arange(len(memory), device=item.device) if rows is None else rows
+    _check(model, memory), _rows(model, item), _gaps(gap)
+    _all_are("row", who, (who >= 0) & (who < len(memory)), f"a user of the memory, 0 to {len(memory) - 1}")
+    if rows is not None and (rows.dim() != 1 or len(rows.unique()) < len(rows)): raise DataError(f"rows of shape {tuple(rows.shape)} with {len(rows.unique())} different users: expected [n], each user at most once")
+    for name, value in (("item", item), ("feedback", feedback), ("gap", gap)): _per_user(name, value, len(who), 1)
+    _all_are("feedback", feedback, (feedback == 0) | (feedback == 1), "1 = liked, 0 = not")
+    model.eval()
     by, before = _place(model, memory, rows)
     slot = memory.seen[who] % memory.slots
     past = [tuple(x[:, :memory.most] if rows is None else x[who, :memory.most] for x in pair) for pair in zip(memory.keys, memory.values)]
@@ -138,9 +159,13 @@ def save_model(model: ItemTransformer, split: Split, folder: Path | str) -> Path
 
 
 def load_model(folder: Path | str, split: Split, items: ItemSide) -> ItemTransformer:
-    "What `save_model` wrote, in evaluation mode. Raises `DataError` where the folder holds no model, or catalogue or ids are not those that it was trained on."
+    "What `save_model` wrote, in evaluation mode. Raises `DataError` where the folder holds no model or a damaged one, or catalogue or ids are not those that it was trained on."
     try: about = json.loads((Path(folder) / "model.json").read_text())
-    except (OSError, json.JSONDecodeError) as error: raise DataError(f"{folder}: no model is saved here ({error}); write one with save_model") from error
+    except (OSError, ValueError) as error: raise DataError(f"{folder}: no model is saved here, or model.json is damaged ({error}); write one with save_model") from error
+    known = {"tokens": str, "settings": dict, "source": str, "items": str, "n_items": int}
+    wrong = [name for name, kind in known.items() if not isinstance(about, dict) or not isinstance(about.get(name), kind)]
+    if not wrong and about["tokens"] not in ("IdTokens", "CodeTokens", "FeatureTokens"): wrong = ["tokens"]
+    if wrong or not isinstance(about["settings"].get("width"), int) or about["settings"]["width"] < 1: raise DataError(f"{Path(folder) / 'model.json'}: {', '.join(wrong) or 'settings without width'}: missing or of another type, so the file is damaged; write the model again with save_model")
     if about["items"] != _digest(split.item_id):
         raise DataError(f"{folder}: the model was trained on another catalogue ({about['n_items']} items, here {split.n_items}, or other ids); "
                         "load it with the split that it was trained on")
@@ -149,6 +174,10 @@ def load_model(folder: Path | str, split: Split, items: ItemSide) -> ItemTransfo
     if tokens.source != about["source"]:
         raise DataError(f"{folder}: the model was trained on items described by {about['source'][:12]}…, and these are {tokens.source[:12]}…; "
                         "give the semantic ids (or features) of its training")
-    model = ItemTransformer(tokens, **about["settings"])
-    model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+    try: model = ItemTransformer(tokens, **about["settings"])
+    except (TypeError, ValueError) as error: raise DataError(f"{Path(folder) / 'model.json'}: settings that no model has ({error}); the file is damaged, or of another version") from error
+    try: model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise DataError(f"{Path(folder) / 'model.safetensors'}: no weights of this model ({type(error).__name__}: {first}); the file is damaged or missing, write the model again with save_model") from error
     return model.eval()

@@ -180,7 +180,7 @@ class ItemTransformer(Click):
                  memory: str = "anchor",          # what history offers of an item: its "anchor", or "all" its tokens
                  positions: str = "hierarchical", # or "flat": one position a token; or "none"
                  anchor: str = "last",            # where the anchor stands among the item's tokens: "last", "first"; "none": there is none
-                 anchors_see_anchors: bool = True,# False: an anchor reads its own item only
+                 anchors_see_anchors: bool = True,# False: an anchor of the history reads its own item only; the candidate's always looks into the memory
                  anchor_start: str = "learned",   # the anchor before the first layer: a "learned" vector, or the "sum" of it and the item's tokens
                  item_id: bool = False,           # a learned vector of the item is added to its anchor, or to its last token
                  max_length: int = 100):          # items before a question, at most
@@ -207,7 +207,7 @@ class ItemTransformer(Click):
         looks = torch.ones(self.n_tokens, dtype=torch.bool)
         if not anchors_see_anchors: looks[self.place] = False
         self.blind = [p for p in range(self.n_tokens) if not looks[p]]
-        self.register_buffer("looks", looks, persistent=False)                                        # which tokens look into the memory
+        self.register_buffer("looks", looks, persistent=False)                                        # which tokens of the history stream look into the memory
 
 # %% ../../nbs/hisam/10_transformer.ipynb #c23
 class ItemTransformer(ItemTransformer):
@@ -234,10 +234,11 @@ class ItemTransformer(ItemTransformer):
 
 # %% ../../nbs/hisam/10_transformer.ipynb #c25
 class ItemTransformer(ItemTransformer):
-    def _attend(self, q, k, v, mk, mv, before, last: bool, p: int) -> Tensor:
-        "Attention of all tokens, or of the last of those given, which is token `p` of its item."
-        if not last: return hierarchical_attention(q, k, v, mk, mv, before, memory_for=self.looks if self.blind else None)
-        return last_token_attention(q, k, v, *((None, None) if p in self.blind else (mk, mv)), before)
+    def _attend(self, q, k, v, mk, mv, before, last: bool, p: int | None = None) -> Tensor:
+        "Attention of all tokens, or of the last of those given. Of a history item, `p` is the number of its last token given, and blind tokens do not look into the memory; None: a candidate."
+        blind = [] if p is None else self.blind
+        if not last: return hierarchical_attention(q, k, v, mk, mv, before, memory_for=self.looks if blind else None)
+        return last_token_attention(q, k, v, *((None, None) if p in blind else (mk, mv)), before)
 
     def history_layers(self, x: Tensor,      # Float[B, T, P, D], items with feedback
                        by: Tensor | None,    # Complex[T, P, 1, d/2] their turns
@@ -268,7 +269,7 @@ class ItemTransformer(ItemTransformer):
         "Layer n of the candidate stream; the last layer returns the last token alone, Float[B, C, 1, D]."
         block, last = self.blocks[n], n == len(self.blocks) - 1
         q, k, v = block.project(x, by, last)
-        return block.finish(x[:, :, -1:] if last else x, self._attend(q, k, v, mk, mv, before, last, self.n_tokens - 1))
+        return block.finish(x[:, :, -1:] if last else x, self._attend(q, k, v, mk, mv, before, last))
 
     def read(self, x: Tensor # Float[B, C, 1, D]
              ) -> Tensor:
@@ -307,7 +308,6 @@ class ItemTransformer(ItemTransformer):
         h, by_h, x, by, before = self._streams(w)
         for n, (mk, mv) in enumerate(self.history_layers(h, by_h)):
             if n < top: x = self.candidate_layer(n, x, by, mk, mv, before)
-        if self.n_tokens - 1 in self.blind: return x.new_zeros(int(w.asked.sum()), w.item.shape[1])
         q, k, v = self.blocks[top].project(x, by, last=True)
         weights = last_token_attention(q, k, v, mk, mv, before, weights=True).mean(1)[..., :-self.n_tokens]
         return weights.unflatten(-1, (w.item.shape[1], -1)).sum(-1)[w.asked]
