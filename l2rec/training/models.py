@@ -30,6 +30,11 @@ MODELS = {
     "feature-transformer":  "l2rec.hisam.transformer:FeatureTransformer",
     "hstu":                 "l2rec.hisam.comparators:HSTUClicks",
     "semantic-mlp":         "l2rec.hisam.comparators:SemanticMLP",
+    "l2rec":                "l2rec.dual_view.model:L2Rec",
+    "lora":                 "l2rec.dual_view.comparators:TwoViewLoRA",
+    "unisrec":              "l2rec.dual_view.comparators:UniSRecLike",
+    "learn":                "l2rec.dual_view.comparators:LEARNLike",
+    "hllm":                 "l2rec.dual_view.comparators:HLLMLike",
 }
 
 # %% ../../nbs/training/02_models.ipynb #c04

@@ -1,0 +1,564 @@
+"""DPMoE against equations in float64, PEFT's LoRA, and what a backbone does alone."""
+
+import copy
+import json
+import math
+import threading
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils import PeftType
+from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
+from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, MPNetConfig, MPNetModel, OPTConfig, OPTModel, Qwen3Config, Qwen3Model
+
+from l2rec.dual_view import dpmoe
+from l2rec.dual_view.dpmoe import VIEWS, DPMoEConfig, DPMoEModel, describe_backbone, find_places, trained_share
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+SMALL = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, max_position_embeddings=32)
+CALM = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def backbone(kind="bert", seed=0, **sizes):
+    torch.manual_seed(seed)
+    causal = SMALL | dict(num_key_value_heads=1, head_dim=8)      # q, k, v and o of three shapes
+    config = {"bert": lambda: BertConfig(**SMALL | CALM | sizes), "qwen3": lambda: Qwen3Config(**causal | sizes), "llama": lambda: LlamaConfig(**causal | sizes)}[kind]()
+    return {"bert": BertModel, "qwen3": Qwen3Model, "llama": LlamaModel}[kind](config).eval()
+
+
+def wake(model, seed=1):
+    """B away from zero, so that experts are heard."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "dpmoe_B" in name or "lora_B" in name:
+                p.copy_(torch.randn(p.shape, generator=g) * 0.2)
+    return model.eval()
+
+
+def tuned(kind="bert", seed=0, sizes={}, **config):
+    return wake(get_peft_model(backbone(kind, seed, **sizes), DPMoEConfig(**dict(r=4, user_width=6) | config)))
+
+
+torch.manual_seed(5)
+IDS, USERS = torch.randint(1, 50, (3, 7)), torch.randn(3, 6)
+MASK = torch.arange(7) < torch.tensor([[7], [4], [2]])
+
+
+def run(model, view="semantic", user=USERS, mask=MASK, ids=IDS):
+    with model.view(view, user=user.to(next(model.parameters()).dtype) if user is not None else None, mask=mask) as routes:
+        return model(input_ids=ids, attention_mask=mask.long()).last_hidden_state, routes
+
+
+# -- equations ---------------------------------------------------------------------------------------------------------
+
+def slow_bert(model, view, scale):
+    """Hidden states of a tiny BERT under DPMoE, sequence by sequence, experts one by one, in float64: every equation spelled out."""
+    tuner, bert, out = model.base_model, model.base_model.model, torch.zeros(3, 7, 32, dtype=torch.float64)
+    for b in range(3):
+        real = MASK[b].double()
+        x = bert.embeddings(input_ids=IDS[b : b + 1])[0]
+        for k, block in enumerate(bert.encoder.layer):
+            router = tuner.dpmoe_router["default"][view][k]
+            c, u = (real[:, None] * x).sum(0) / real.sum(), USERS[b].double()
+            z = router.context.weight @ c + router.user.weight @ u + router.interaction.weight @ ((router.of_context.weight @ c) * (router.of_user.weight @ u))
+            best = z.argsort(descending=True)[:2].tolist()
+            total = sum(math.exp(z[e]) for e in best)
+
+            def weight(layer):
+                w, r = layer.base_layer.weight.clone(), 4
+                A, B = layer.dpmoe_A["default"], layer.dpmoe_B["default"]
+                for j in range(2):
+                    w += scale * B["shared"][:, j * r : (j + 1) * r] @ A["shared"][j * r : (j + 1) * r]
+                for e in best:
+                    w += scale * math.exp(z[e]) / total * B[view][:, e * r : (e + 1) * r] @ A[view][e * r : (e + 1) * r]
+                return w
+
+            own, finish, ffn = block.attention.self, block.attention.output, block.output
+            q, key, v = (x @ weight(m).T + m.base_layer.bias for m in (own.query, own.key, own.value))
+            heads = []
+            for h in range(2):
+                at = slice(16 * h, 16 * h + 16)
+                score = (q[:, at] @ key[:, at].T / 4).masked_fill(~MASK[b], -torch.inf)
+                heads.append(score.softmax(1) @ v[:, at])
+            x = finish.LayerNorm(torch.cat(heads, 1) @ weight(finish.dense).T + finish.dense.base_layer.bias + x)
+            x = ffn.LayerNorm(ffn.dense(torch.nn.functional.gelu(block.intermediate.dense(x))) + x)
+        out[b] = x
+    return out
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_tiny_bert_equation_by_equation(view):
+    model = tuned(alpha=6).double()
+    with torch.no_grad():
+        assert torch.allclose(run(model, view)[0][MASK], slow_bert(model, view, 6 / 4)[MASK], atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["bert", "qwen3", "llama"])
+@pytest.mark.parametrize("settings", [dict(), dict(ffn=True, routing="dense", layers=[-1]), dict(routing="random"), dict(signals=["context"], shared=0)])
+def test_each_user_is_read_through_weights_of_their_own(kind, settings):
+    torch.manual_seed(3)
+    model, r = tuned(kind, **settings).double(), 4
+    with torch.no_grad():
+        found, routes = run(model, "behaviour")
+        for b in range(3):
+            alone = backbone(kind).double()
+            for name, k in model.base_model.places.items():
+                layer, w = model.base_model.model.get_submodule(name), alone.get_submodule(name).weight
+                A, B = layer.dpmoe_A["default"], layer.dpmoe_B["default"]
+                for j in range(settings.get("shared", 2)):
+                    w += 16 / r * B["shared"][:, j * r : (j + 1) * r] @ A["shared"][j * r : (j + 1) * r]
+                for e in range(6):
+                    w += 16 / r * routes.gates[k][b, e] * B["behaviour"][:, e * r : (e + 1) * r] @ A["behaviour"][e * r : (e + 1) * r]
+            n = MASK[b].sum()
+            assert torch.allclose(alone(input_ids=IDS[b : b + 1, :n]).last_hidden_state[0], found[b, :n], atol=1e-9)
+
+
+def test_one_shared_expert_is_lora():
+    ours = tuned(r=4, alpha=10, shared=1, semantic=0, behaviour=0).double()
+    names = ["query", "key", "value", "attention.output.dense"]
+    theirs = get_peft_model(backbone(), LoraConfig(r=4, lora_alpha=10, target_modules=names)).double().eval()
+    pairs = []
+    for name, p in theirs.named_parameters():
+        if "lora_" in name:
+            pairs.append((dict(ours.named_parameters())[name.replace("lora_", "dpmoe_").replace("default.weight", "default.shared")], p))
+    with torch.no_grad():
+        for mine, lora in pairs:
+            lora.copy_(mine)
+    a, b = run(ours, "semantic", user=None)[0], theirs(input_ids=IDS, attention_mask=MASK.long()).last_hidden_state
+    assert len(pairs) == 16 and torch.allclose(a, b, atol=1e-12)
+    for x in (a, b):
+        x[MASK].sin().sum().backward()
+    assert all(torch.allclose(mine.grad, lora.grad, atol=1e-12) for mine, lora in pairs)
+
+
+def test_equal_gates_are_the_sum_of_the_experts():
+    split, one = tuned(routing="equal", shared=2, semantic=6, r=4, alpha=4).double(), tuned(shared=1, semantic=0, behaviour=0, r=32, alpha=32).double()
+    with torch.no_grad():
+        for name in split.base_model.places:
+            layer, wide = (m.base_model.model.get_submodule(name) for m in (split, one))
+            wide.dpmoe_A["default"]["shared"].copy_(torch.cat([layer.dpmoe_A["default"][p] for p in ("shared", "semantic")]))
+            wide.dpmoe_B["default"]["shared"].copy_(torch.cat([layer.dpmoe_B["default"][p] for p in ("shared", "semantic")], 1))
+        assert torch.allclose(run(split)[0], run(one)[0], atol=1e-12)
+
+
+def test_top_all_is_the_dense_mixture():
+    top, dense = tuned(top_n=6), tuned(routing="dense")
+    dense.load_state_dict(top.state_dict())
+    with torch.no_grad():
+        assert torch.equal(run(top)[0], run(dense)[0])
+
+
+def test_a_view_without_a_pool_has_the_shared_experts_alone():
+    model = tuned(semantic=0)
+    with torch.no_grad():
+        hidden, routes = run(model, "semantic", user=None)
+        assert [g.shape for g in routes.gates] == [(3, 0), (3, 0)] and routes.balance() == 0
+        assert not torch.allclose(hidden, run(model, "behaviour")[0], atol=1e-3)
+        nothing = tuned(shared=0, semantic=0)
+        assert torch.equal(run(nothing, "semantic", user=None)[0], backbone()(input_ids=IDS, attention_mask=MASK.long()).last_hidden_state)
+
+
+def test_a_new_adapter_changes_nothing():
+    model = get_peft_model(backbone("qwen3"), DPMoEConfig(user_width=6))
+    assert torch.allclose(run(model)[0], backbone("qwen3")(input_ids=IDS, attention_mask=MASK.long()).last_hidden_state, atol=1e-6)
+
+
+# -- routes ------------------------------------------------------------------------------------------------------------
+
+def test_padding_and_neighbours_change_no_route():
+    model = tuned()
+    with torch.no_grad():
+        hidden, routes = run(model)
+        more, padded = run(model, mask=torch.nn.functional.pad(MASK, (0, 5)), ids=torch.nn.functional.pad(IDS, (0, 5), value=9))
+        assert torch.allclose(more[:, :7][MASK], hidden[MASK], atol=1e-5) and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(routes.gates, padded.gates))
+        order = torch.tensor([2, 0, 1])
+        turned = run(model, user=USERS[order], mask=MASK[order], ids=IDS[order])[1]
+        assert all(torch.allclose(a[order], b, atol=1e-5) for a, b in zip(routes.gates, turned.gates))
+
+
+def test_a_sequence_of_padding_alone_is_routed_by_zeros():
+    mask = MASK.clone()
+    mask[2] = False
+    gates = run(tuned(signals=["context"]), user=None, mask=mask)[1].probabilities[0]
+    assert torch.allclose(gates[2], torch.full((6,), 1 / 6)) and gates.isfinite().all()
+
+
+def test_no_mask_means_that_all_tokens_are_real():
+    model = tuned()
+    with torch.no_grad():
+        full = run(model, mask=torch.ones_like(MASK))[0]
+        with model.view("semantic", user=USERS):
+            assert torch.allclose(model(input_ids=IDS).last_hidden_state, full, atol=1e-6)
+
+
+def test_gradients_reach_routers_users_and_the_open_view_alone():
+    model, user = tuned(), USERS.clone().requires_grad_()
+    hidden, routes = run(model, "semantic", user=user)
+    (hidden.sin().sum() + routes.balance()).backward()
+    assert user.grad.abs().sum() > 0 and routes.balance().requires_grad
+    for name, p in model.named_parameters():
+        assert (p.grad is not None) == ("dpmoe" in name and "behaviour" not in name), name
+        assert p.grad is None or p.grad.abs().sum() > 0, name
+
+
+def test_balance_is_the_mean_over_blocks():
+    routes = run(tuned())[1]
+    by_hand = [6 / 2 * (c.float().mean(0) * p.mean(0)).sum().item() for c, p in zip(routes.chosen, routes.probabilities)]
+    assert len(by_hand) == 2 and routes.balance().item() == pytest.approx(sum(by_hand) / 2, abs=1e-6)
+    assert all(run(tuned(routing=r))[1].balance() == 0 for r in ("dense", "random", "equal"))
+
+
+def test_dropout_acts_in_training_only():
+    model = tuned(dropout=0.5)
+    with torch.no_grad():
+        assert torch.equal(run(model)[0], run(model)[0]) and torch.equal(run(model)[0], run(tuned())[0])
+        model.train()
+        assert not torch.equal(run(model)[0], run(model)[0])
+
+
+# -- state -------------------------------------------------------------------------------------------------------------
+
+def test_views_nest_and_two_models_share_none():
+    one, two = tuned(), tuned(seed=1)
+    with torch.no_grad():
+        semantic, behaviour, other = run(one, "semantic")[0], run(one, "behaviour")[0], run(two, "behaviour")[0]
+        with one.view("semantic", user=USERS, mask=MASK) as outer:
+            assert torch.equal(run(one, "behaviour")[0], behaviour)
+            with two.view("behaviour", user=USERS, mask=MASK):
+                assert torch.equal(two(input_ids=IDS, attention_mask=MASK.long()).last_hidden_state, other)
+                assert torch.equal(one(input_ids=IDS, attention_mask=MASK.long()).last_hidden_state, semantic)
+            with pytest.raises(RuntimeError, match="no view is open"):
+                two(input_ids=IDS)
+        assert outer.view == "semantic" and len(outer.gates) == 2
+
+
+def test_a_view_ends_with_an_error_inside_it():
+    model = tuned()
+    with pytest.raises(KeyError):
+        with model.view("semantic", user=USERS):
+            raise KeyError
+    with pytest.raises(RuntimeError, match="no view is open"):
+        model(input_ids=IDS)
+
+
+def test_threads_have_views_of_their_own():
+    model, found, ready = tuned(), {}, threading.Barrier(2)
+    expected = {view: run(model, view)[0] for view in VIEWS}
+
+    def work(view):
+        with torch.no_grad(), model.view(view, user=USERS, mask=MASK):
+            ready.wait()
+            found[view] = [model(input_ids=IDS, attention_mask=MASK.long()).last_hidden_state for _ in range(5)]
+
+    threads = [threading.Thread(target=work, args=(v,)) for v in VIEWS]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert all(torch.allclose(x, expected[v], atol=1e-6) for v in VIEWS for x in found[v])
+
+
+def test_a_deep_copy_is_a_model_of_its_own():
+    model = tuned()
+    with torch.no_grad(), model.view("semantic", user=USERS, mask=MASK):
+        other = copy.deepcopy(model)
+        with pytest.raises(RuntimeError, match="no view is open"):
+            other(input_ids=IDS)
+        before = run(model)[0]
+        for p in other.base_model.dpmoe_router.parameters():
+            p.neg_()
+        assert torch.equal(run(model)[0], before) and not torch.equal(run(other)[0], before)
+
+
+def test_the_last_pass_of_a_view_is_shown():
+    model = tuned()
+    with torch.no_grad(), model.view("semantic", user=USERS) as routes:
+        with pytest.raises(RuntimeError, match="no routes yet"):
+            routes.gates
+        model(input_ids=IDS)
+        first = routes.gates
+        model(input_ids=IDS.flip(1) // 2)
+        assert len(routes.gates) == len(first) == 2 and not torch.equal(routes.gates[0], first[0])
+
+
+# -- disabled, merged, unloaded ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_disabled_is_the_backbone_to_the_bit(kind, dtype):
+    model, alone = tuned(kind).to(dtype), backbone(kind).to(dtype)
+    trained = [p.requires_grad for p in model.parameters()]
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids=IDS).last_hidden_state, alone(input_ids=IDS).last_hidden_state)
+    assert [p.requires_grad for p in model.parameters()] == trained and not torch.allclose(run(model)[0], alone(input_ids=IDS, attention_mask=MASK.long()).last_hidden_state, atol=1e-2)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("settings", [dict(), dict(shared=0), dict(semantic=0), dict(routing="dense"), dict(layers=[1])])
+def test_merged_is_the_same_user_without_extra_products(view, settings):
+    model = tuned(**settings)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with torch.no_grad():
+        one = dict(user=USERS[:1], mask=MASK[:1], ids=IDS[:1])
+        found, routes = run(model, view, **one)
+        model.merge_user(view, [g[0] for g in routes.gates])
+        assert torch.allclose(model(input_ids=IDS[:1]).last_hidden_state, found, atol=1e-5)
+        with pytest.raises(RuntimeError, match="merged for one user"):
+            run(model, view)
+        with pytest.raises(RuntimeError, match="merged already"):
+            model.merge_user(view, routes.gates)
+        model.unmerge()
+        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()) and torch.equal(run(model, view, **one)[0], found)
+
+
+def test_bfloat16_weights_come_back_to_the_bit():
+    model = tuned("qwen3").bfloat16()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    model.merge_user("semantic", [torch.tensor([0.3, 0.7, 0, 0, 0, 0])] * 2)
+    assert not all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    model.unmerge()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_gates_that_do_not_fit_are_refused():
+    model = tuned()
+    for gates in ([torch.ones(6)], [torch.ones(5)] * 2, [torch.ones(3, 6)] * 2):
+        with pytest.raises(ValueError, match="2 blocks of 6 experts"):
+            model.merge_user("semantic", gates)
+    with pytest.raises(ValueError, match="merge_user"):
+        model.merge_adapter()
+    with pytest.raises(ValueError, match="merge_user"):
+        model.merge_and_unload()
+
+
+def test_unload_gives_the_backbone_back():
+    model = tuned()
+    model.merge_user("semantic", [torch.ones(6)] * 2)
+    plain = model.unload()
+    assert not any(m._forward_pre_hooks for m in plain.modules()) and not any("dpmoe" in n for n, _ in plain.named_parameters())
+    assert torch.equal(plain(input_ids=IDS).last_hidden_state, backbone()(input_ids=IDS).last_hidden_state)
+
+
+def test_one_adapter_a_model_and_none_after_deletion():
+    model = tuned()
+    with pytest.raises(ValueError, match="one DPMoE adapter a model"):
+        model.add_adapter("second", DPMoEConfig(user_width=6))
+    model.delete_adapter("default")
+    assert torch.equal(model.base_model(input_ids=IDS).last_hidden_state, backbone()(input_ids=IDS).last_hidden_state)
+    with pytest.raises(RuntimeError, match="deleted"):
+        run(model)
+
+
+# -- saved and loaded --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("settings", [dict(), dict(routing="equal"), dict(semantic=0, ffn=True), dict(layers=-1, target_modules=["query", "value"]), dict(target_modules=r".*attention\.self\.(query|key)")])
+def test_saved_and_loaded(tmp_path, settings, lean=False):
+    model = tuned(**settings)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    again = PeftModel.from_pretrained(backbone(), tmp_path, low_cpu_mem_usage=lean)
+    assert not (tmp_path / "adapter_model.bin").exists() and sum(v.numel() for v in saved.values()) == model.get_nb_trainable_parameters()[0]
+    assert not any(p.requires_grad for p in again.parameters()) and PeftConfig.from_pretrained(tmp_path).peft_type == PeftType("DPMOE")
+    trainable = PeftModel.from_pretrained(backbone(), tmp_path, is_trainable=True)
+    assert [n for n, p in trainable.named_parameters() if p.requires_grad] == [n for n, p in model.named_parameters() if p.requires_grad]
+    with torch.no_grad():
+        for view in VIEWS:
+            assert torch.equal(run(model, view)[0], run(again, view)[0]) and torch.equal(run(model, view)[0], run(trainable, view)[0])
+
+
+def test_loaded_by_way_of_the_meta_device(tmp_path):
+    test_saved_and_loaded(tmp_path, dict(), lean=True)
+
+
+def test_another_adapter_name_and_loading_weights_again(tmp_path):
+    model = wake(get_peft_model(backbone(), DPMoEConfig(r=4, user_width=6), adapter_name="mine"))
+    model.save_pretrained(tmp_path)
+    other = get_peft_model(backbone(), DPMoEConfig(r=4, user_width=6))
+    other.load_adapter(tmp_path / "mine", "default")
+    with torch.no_grad():
+        assert torch.equal(run(model)[0], run(other)[0])
+
+
+@pytest.mark.parametrize("other, words", [(lambda: backbone(seed=1), "other weights"), (lambda: backbone("qwen3"), "model type 'bert' there, 'qwen3' here"), (lambda: backbone(num_hidden_layers=3), "blocks with experts 2 there, 3 here"),
+                                          (lambda: backbone(hidden_size=64), "hidden size 32 there, 64 here")])
+def test_adapters_of_another_backbone(tmp_path, other, words):
+    tuned().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        PeftModel.from_pretrained(other(), tmp_path)
+
+
+def test_a_backbone_in_another_precision_is_the_same_backbone(tmp_path):
+    tuned().save_pretrained(tmp_path)
+    assert run(PeftModel.from_pretrained(backbone().bfloat16(), tmp_path).bfloat16())[0].isfinite().all()
+
+
+def test_a_spoilt_checkpoint(tmp_path):
+    tuned().save_pretrained(tmp_path)
+    whole = load_file(tmp_path / "adapter_model.safetensors")
+    router = next(k for k in whole if "router" in k)
+    for spoilt, words in (({k: v for k, v in whole.items() if k != router}, "lacks 1"), (whole | {"base_model.model.x": torch.zeros(2)}, "has besides 1"), (whole | {router: torch.zeros(2, 2)}, "another shape 1")):
+        save_file(spoilt, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match=words):
+            PeftModel.from_pretrained(backbone(), tmp_path)
+
+
+def test_a_configuration_serves_several_backbones():
+    config = DPMoEConfig(user_width=6)
+    for kind in ("bert", "qwen3"):
+        get_peft_model(backbone(kind), config)
+    assert config.backbone is None and config.target_modules is None and json.dumps(config.to_dict())
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+def step(model, views=VIEWS):
+    model.zero_grad()
+    loss = 0
+    for view in views:
+        hidden, routes = run(model, view)
+        loss = loss + hidden[MASK].sin().sum() + routes.balance()
+    loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["bert", "qwen3"])
+@pytest.mark.parametrize("routing", ["learned", "random"])
+def test_gradient_checkpointing_changes_no_gradient(kind, routing):
+    model = tuned(kind, routing=routing).train()
+    torch.manual_seed(0)
+    expected = step(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    torch.manual_seed(0)
+    found = step(model)
+    assert expected.keys() == found.keys() and all(torch.allclose(found[n], expected[n], rtol=1e-5, atol=1e-6) for n in found)
+    assert any("router" in n for n in found) == (routing == "learned")
+
+
+def test_checkpointing_by_hand_inside_a_view():
+    model = tuned().train()
+    expected = step(model, ["semantic"])
+    model.zero_grad()
+    with model.view("semantic", user=USERS, mask=MASK) as routes:
+        hidden = checkpoint(lambda: model(input_ids=IDS, attention_mask=MASK.long()).last_hidden_state, use_reentrant=False)
+        (hidden[MASK].sin().sum() + routes.balance()).backward()
+    assert all(torch.allclose(p.grad, expected[n], rtol=1e-5, atol=1e-6) for n, p in model.named_parameters() if p.grad is not None)
+
+
+def test_reentrant_checkpointing_is_refused():
+    model = tuned().train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(ValueError, match="use_reentrant"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run(model)
+
+
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+@pytest.mark.parametrize("kind", ["bert", "qwen3"])
+def test_bfloat16(kind, how):
+    exact = tuned(kind)
+    expected, wanted = run(exact)[0], step(exact)
+    model = wake(get_peft_model(backbone(kind).bfloat16(), DPMoEConfig(r=4, user_width=6))) if how == "weights" else tuned(kind)
+    if how == "weights":
+        model.load_state_dict(exact.state_dict())
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)      # PEFT keeps what is trained in float32
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        hidden, routes = run(model)
+        found = step(model)
+    assert (hidden.float() - expected)[MASK].abs().mean() < 0.05 and routes.gates[0].dtype == torch.float32
+    for n in found:
+        assert found[n].isfinite().all() and torch.cosine_similarity(found[n].flatten().float(), wanted[n].flatten(), 0) > 0.9, n
+
+
+# -- where experts go --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("build, names", [
+    (lambda: DistilBertModel(DistilBertConfig(vocab_size=50, dim=32, n_layers=2, n_heads=2, hidden_dim=48)), {"attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"}),
+    (lambda: MPNetModel(MPNetConfig(**SMALL)), {"attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o"}),
+    (lambda: OPTModel(OPTConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=48, max_position_embeddings=32, word_embed_proj_dim=32)), {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"})])
+def test_default_places_of_other_backbones(build, names):
+    torch.manual_seed(0)
+    model = build().eval()
+    blocks, places = find_places(model, DPMoEConfig())
+    assert len(blocks) == 2 and {n.removeprefix(blocks[k] + ".") for n, k in places.items()} == names
+    assert len(find_places(model, DPMoEConfig(ffn=True))[1]) == 12
+    alone = model(input_ids=IDS).last_hidden_state
+    model = get_peft_model(model, DPMoEConfig(user_width=6))
+    assert torch.allclose(run(model, mask=torch.ones_like(MASK))[0], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(target_modules=["query", "q_proj"]), "'q_proj': no such Linear module. Linear modules of this BertModel: attention.self.query"), (dict(target_modules="nothing.*"), "nothing"),
+    (dict(target_modules=["pooler.dense"]), "lies in no block"), (dict(target_modules=["LayerNorm"]), "is a LayerNorm"), (dict(layers=5), "blocks 0 to 1"), (dict(layers=[]), r"layers=\[\]"), (dict(layers=[0, -3]), "blocks 0 to 1"),
+    (dict(user_width=None), "user_width=None")])
+def test_places_that_are_not_there(settings, words):
+    model = backbone()
+    with pytest.raises(ValueError, match=words):
+        get_peft_model(model, DPMoEConfig(**dict(user_width=6) | settings))
+    assert not any("dpmoe" in n for n, _ in model.named_parameters()) and not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_backbone_without_linear_attention():
+    gpt = GPT2Model(GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="no known names"):
+        get_peft_model(gpt, DPMoEConfig(user_width=6))
+    with pytest.raises(ValueError, match="is a Conv1D"):
+        get_peft_model(gpt, DPMoEConfig(user_width=6, target_modules=["c_attn"]))
+
+
+@pytest.mark.parametrize("layers, blocks", [(None, [0, 1]), (0, [0]), (-1, [1]), ([1, -1], [1])])
+def test_layers_are_counted_as_peft_counts_them(layers, blocks):
+    model = tuned(layers=layers)
+    adapted = {int(n.split("layer.")[1][0]) for n, _ in model.named_parameters() if "dpmoe_A" in n}
+    assert sorted(adapted) == blocks and len(run(model)[1].gates) == len(blocks)
+
+
+# -- settings and counts -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("given, words", [
+    (dict(r=0), "r=0"), (dict(dropout=1.0), "dropout=1.0"), (dict(routing="topk"), "routing 'topk'"), (dict(signals=["users"]), "did you mean 'user'"), (dict(shared=-1), "shared=-1"),
+    (dict(shared=0, semantic=0, behaviour=0), "no experts at all"), (dict(top_n=7), "semantic=6"), (dict(behaviour=1), "behaviour=1"), (dict(top_n=0), "top_n=0")])
+def test_bad_settings(given, words):
+    with pytest.raises(ValueError, match=words):
+        DPMoEConfig(**given)
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda m: run(m, "semantc"), "did you mean 'semantic'"), (lambda m: run(m, user=None), "user=None"), (lambda m: run(m, user=USERS[:2]), "2 rows"), (lambda m: run(m, user=USERS[:, :3]), "user of shape"),
+    (lambda m: m.view("semantic", USERS, MASK[0]).__enter__(), r"mask of shape \(7,\)")])
+def test_bad_inputs(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(tuned())
+
+
+def test_a_mask_of_another_shape_is_named():
+    model = tuned()
+    with pytest.raises(ValueError, match=r"\(3, 5\): the view's input has \(3, 7\)"), model.view("semantic", USERS, MASK[:, :5]):
+        model(input_ids=IDS)
+
+
+def test_registered_once_however_often():
+    dpmoe.register()
+    again = dpmoe.peft_type("DPMOE")
+    assert again is dpmoe.DPMOE is PeftType("DPMOE") is PeftType.DPMOE and list(PeftType).count("DPMOE") == 1 and again in PeftType and again.value == "DPMOE"
+    assert isinstance(tuned().base_model, DPMoEModel)
+
+
+def test_counts_by_formula():
+    qwen = Qwen3Config(hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128, intermediate_size=3072, vocab_size=151_936)
+    experts = 28 * 14 * 8 * ((1024 + 2048) + 2 * (1024 + 1024) + (2048 + 1024))
+    routers = 28 * 2 * (6 * (1024 + 1024 + 32) + 32 * (1024 + 1024))
+    trained, total = trained_share(qwen)
+    assert trained == experts + routers and 0.03 < trained / total < 0.07
+    assert trained_share(qwen, DPMoEConfig(routing="equal"))[0] == experts
+    assert trained_share(backbone().config, DPMoEConfig(user_width=6)) == (tuned(r=8).get_nb_trainable_parameters()[0], sum(p.numel() for p in backbone().parameters()))
+
+
+def test_a_description_without_numbers():
+    with torch.device("meta"):
+        model = BertModel(BertConfig(**SMALL))
+    here = describe_backbone(model, *find_places(model, DPMoEConfig()))
+    assert here["fingerprint"] is None and here["blocks"] == 2 and here["matrices"]["attention.self.query"] == [32, 32]

@@ -1,0 +1,382 @@
+"""Dual-view tables, figures and claims from made-up records, against numbers made by hand, resampled ratios and plain loops."""
+import copy
+import math
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import polars as pl
+import pytest
+
+from l2rec.reporting import claims, dual_view, tables
+from l2rec.training.records import read_record, record_path, write_record
+
+ROOT = Path(__file__).resolve().parent.parent
+SEEDS, BOOKS = 2, 'made-up-books'
+
+@pytest.fixture(scope='module', autouse=True)
+def fewer_resamples():
+    "No test here looks at the last digit of an interval."
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (tables, claims, dual_view): patch.setattr(module, 'RESAMPLES', 400)
+        yield
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    "Records of one made-up dataset; never changed."
+    return dual_view.example_dual_view_records(tmp_path_factory.mktemp('made'), 'demo', (BOOKS,), SEEDS)
+
+@pytest.fixture(scope='module')
+def alone(made): return tables.read_experiment(made, 'demo', 'dual_view')
+
+@pytest.fixture(scope='module')
+def runs(alone): return dual_view.with_retrieval(alone)[0]
+
+@pytest.fixture(scope='module')
+def gains(runs): return dual_view.l2rec_minus(runs, dual_view.main_models(runs))
+
+@pytest.fixture(scope='module')
+def parts(runs): return dual_view.l2rec_minus(runs, dual_view.ablations(runs))
+
+@pytest.fixture
+def own(made, tmp_path):
+    "A copy that a test may change, with a few of the variants."
+    kept = {'no-bpc', 'no-balance', 'rank-4', 'experts-2', 'experts-12', 'fraction-10'}
+    def others(folder, names): return [n for n in names if Path(folder).name == BOOKS and dual_view.pieces(n)[2] not in {'', *kept}]
+    shutil.copytree(made, tmp_path / 'own', ignore=others)
+    return tmp_path / 'own'
+
+def row(table, **where): return table.filter(**where).row(0, named=True)
+
+def values_of(runs, model, column='ndcg@10'):
+    "Seed-averaged values by user, by a plain loop over the files."
+    total = {}
+    for (d, m, s), record in runs.records.items():
+        if m == model:
+            for u, v in record.per_user().select('user_id', column).rows(): total.setdefault(u, []).append(v)
+    return np.array([np.mean(total[u]) for u in sorted(total)])
+
+def rewritten(path, metrics=None, per_user=None, files=None, provenance=None):
+    "Write a record again with other metrics, users, files or provenance."
+    old = read_record(path)
+    write_record(path, old.metrics if metrics is None else metrics(old.metrics), old.per_user() if per_user is None else per_user(old.per_user()), None, provenance or old.provenance, files)
+
+# ---- names
+
+def test_no_torch_is_needed():
+    code = 'import sys, l2rec.reporting.dual_view; sys.exit("torch" in sys.modules)'
+    assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+@pytest.mark.parametrize('model', ['l2rec', 'l2rec+ids', 'l2rec+ids-no-user', 'l2rec+no-user', 'learn+fraction-10', 'lora+ids', 'l2rec+ids-fraction-25', 'ease+no-refit', 'l2rec+idsomething'])
+def test_pieces_can_be_put_together(model): assert dual_view.of_pieces(*dual_view.pieces(model)) == model
+
+def test_names_classes_and_amounts():
+    assert [dual_view.class_of(m) for m in ('l2rec+no-user', 'lora', 'hllm', 'l2rec+ids-dense', 'sasrec', 'popularity', 'zebra')] == ['inductive'] * 3 + ['transductive'] * 4
+    assert dual_view.pieces('l2rec+idsomething') == ('l2rec', False, 'idsomething') and dual_view.core_of('unisrec+ids-fraction-50') == 'unisrec+ids'
+    assert dual_view.amount_of('l2rec+ids-top-4') == ('top', 4) and dual_view.amount_of('l2rec+no-user') is None and dual_view.amount_of('l2rec+rank') is None
+    assert [dual_view.name_of(m) for m in ('l2rec+ids', 'l2rec+rank-4', 'l2rec+ids-top-1', 'l2rec+experts-12', 'unisrec+ids-fraction-10', 'l2rec+zoo', 'zebra+x', 'learn')] == [
+        'L2Rec with ids', 'rank 4', 'Top-1 (with ids)', '12 experts a view', 'UniSRec-like with ids (10 % of the users)', 'zoo', 'zebra (x)', 'LEARN-like']
+
+def test_selections_by_name(runs):
+    assert dual_view.main_models(runs) == ['l2rec', 'lora', 'unisrec', 'learn', 'hllm', 'l2rec+ids', 'lora+ids', 'unisrec+ids', 'sasrec', 'ease', 'item-knn', 'item-knn-last', 'popularity']
+    parts = dual_view.ablations(runs)
+    assert set(parts) == {'lora', 'lora+ids', 'l2rec+ids-no-bpc', *(f'l2rec+{p}' for p in dual_view.PARTS)} and parts[:2] == ['l2rec+no-shared', 'l2rec+no-semantic-pool']
+
+# ---- the records of retrieval
+
+def test_own_runs_come_before_those_of_retrieval(alone, runs):
+    own = runs.metrics.filter(model='sasrec', metric='test/ndcg@10').sort('seed')['value'].to_list()
+    assert own == alone.metrics.filter(model='sasrec', metric='test/ndcg@10').sort('seed')['value'].to_list() and len(own) == SEEDS
+    assert {r.experiment for k, r in runs.records.items() if k[1] == 'ease'} == {'retrieval'} and set(runs.per_user.filter(model='ease')['seed']) == {0}
+    bare = replace(alone, metrics=alone.metrics.filter(pl.col('model') != 'sasrec'), per_user=alone.per_user.filter(pl.col('model') != 'sasrec'), records={k: r for k, r in alone.records.items() if k[1] != 'sasrec'})
+    joined, notes = dual_view.with_retrieval(bare)
+    assert {r.experiment for k, r in joined.records.items() if k[1] == 'sasrec'} == {'retrieval'} and notes == []
+
+def test_other_users_and_variants_stay_outside_and_no_retrieval_is_said(own):
+    rewritten(record_path(own, 'demo', 'retrieval', BOOKS, 'ease'), per_user=lambda t: t.head(590))
+    shutil.copytree(record_path(own, 'demo', 'retrieval', BOOKS, 'item-knn'), record_path(own, 'demo', 'retrieval', BOOKS, 'item-knn', 'no-refit'))
+    joined, notes = dual_view.with_retrieval(tables.read_experiment(own, 'demo', 'dual_view'))
+    assert notes == [f'**Other test users**: the retrieval records of EASE on {BOOKS} were tested on other users and are left out.']
+    assert not {'ease', 'item-knn+no-refit'} & set(joined.metrics['model']) and 'item-knn' in dual_view.main_models(joined)
+    shutil.rmtree(own / 'demo' / 'runs' / 'retrieval')
+    runs = tables.read_experiment(own, 'demo', 'dual_view')
+    joined, notes = dual_view.with_retrieval(runs)
+    assert joined is runs and notes[0].startswith('**No floors**: profile demo')
+
+# ---- differences
+
+def test_a_difference_is_l2rec_minus_the_other(runs, gains):
+    a, b = values_of(runs, 'l2rec'), values_of(runs, 'unisrec')
+    found = row(gains, core='l2rec', model='unisrec', metric='test/ndcg@10')
+    assert found['mean'] == pytest.approx((a - b).mean(), abs=1e-7) and found['relative'] == pytest.approx(a.mean() / b.mean() - 1, abs=1e-6) and found['users'] == 600
+    assert found['ci_low'] < found['mean'] < found['ci_high'] and found['ci_high'] - found['ci_low'] == pytest.approx(2 * 1.96 * (a - b).std() / math.sqrt(600), rel=.15)
+
+def test_classes_are_not_mixed_and_holm_is_within_them(gains):
+    assert set(gains.filter(core='l2rec')['model']) == {'lora', 'unisrec', 'learn', 'hllm'} and 'sasrec' in gains.filter(core='l2rec+ids')['model']
+    for core in ('l2rec', 'l2rec+ids'):
+        here = gains.filter(core=core, metric='test/hr@10')
+        order, worst = np.argsort(here['p'].to_numpy()), 0.
+        for rank, i in enumerate(order):
+            worst = min(1., max(worst, here['p'][int(i)] * (here.height - rank)))
+            assert here['p_holm'][int(i)] == pytest.approx(worst)
+
+def test_the_best_comparator_is_never_l2rec(runs, gains):
+    means = {m: values_of(runs, m).mean() for m in ('lora+ids', 'unisrec+ids', 'sasrec', 'ease')}
+    assert dual_view.best_comparator(gains, BOOKS, 'l2rec+ids')['model'] == max(means, key=means.get)
+    assert dual_view.best_comparator(gains, 'elsewhere', 'l2rec') is None
+
+def test_without_l2rec_or_without_comparators_there_is_no_difference(runs):
+    assert dual_view.l2rec_minus(dual_view.within(runs, ['learn', 'unisrec']), ['learn', 'unisrec']).is_empty()
+    lonely = dual_view.within(runs, ['l2rec'])
+    nothing = dual_view.l2rec_minus(lonely, ['l2rec'])
+    assert nothing.is_empty() and dual_view.describe_dual_view(lonely, nothing) == f'- **{BOOKS}**, no comparator for L2Rec; no record of L2Rec with ids.'
+    assert len(dual_view.dual_view_table(lonely, nothing).rows) == 1 and dual_view.cold_slices(lonely, nothing).is_empty()
+    with pytest.raises(ValueError, match='no comparator can be paired with L2Rec'): dual_view.cold_table(dual_view.cold_slices(lonely, nothing))
+
+# ---- tables
+
+def test_the_main_table(runs, gains):
+    table = dual_view.dual_view_table(runs, gains, ['left out'])
+    assert [r[1] for r in table.rows] == ['inductive'] * 5 + ['transductive'] * 8 and len(table.columns) == 8 and table.notes[0] == 'left out'
+    lora, found = table.rows[1], row(gains, core='l2rec', model='lora', metric='test/ndcg@10')
+    assert lora[4].startswith(f"<u>{tables.number(found['other_mean'])}</u> ± ") and tables.bracket(found['ci_low'], found['ci_high']) in lora[4] and lora[7] == f"{100 * found['relative']:+.1f}"
+    assert table.rows[0][4].startswith('**') and table.rows[0][7] == '–' and [r[2] for r in table.rows if '<u>' in r[4]] == ['two-view LoRA', 'SASRec']
+    assert table.long.columns == list(tables.LONG) and {'l2rec-minus/mrr@10', 'l2rec-over/ndcg@10', 'test/hr@10'} <= set(table.long['metric'])
+    assert row(table.long, model='lora', metric='l2rec-over/ndcg@10')['mean'] == pytest.approx(found['relative'])
+    assert any('before it: SASRec.' in n for n in table.notes) and r'\underline' in tables.latex(table)
+
+def test_the_paragraph_says_whom_l2rec_is_below(runs, gains):
+    sure = dict(mean=-.02, ci_low=-.03, ci_high=-.01, relative=-.1, p_holm=.2)
+    lower = gains.with_columns(**{k: pl.when(pl.col('model') == 'hllm').then(v).otherwise(k) for k, v in sure.items()}, other_mean=pl.when(pl.col('model') == 'hllm').then(.3).otherwise('other_mean'))
+    said = dual_view.describe_dual_view(runs, lower)
+    assert 'against .3000 of HLLM-like, the best of 4 comparators: -.0200 [-.0300, -.0100] (-10.0 %), a difference that does not stand after the correction. Of the others it is above' in said
+    below = gains.with_columns(**{k: pl.when(pl.col('model') == 'hllm').then(v).otherwise(k) for k, v in sure.items()})
+    assert '**below HLLM-like -.0200† [-.0300, -.0100] (-10.0 %)**' in dual_view.describe_dual_view(runs, below)
+
+def test_notes_on_a_partial_grid(runs, own):
+    few = dual_view.within(runs, ['l2rec', 'unisrec', 'ease'])
+    for model in ('l2rec', 'unisrec'): few = few.without(BOOKS, model, seed=1)
+    few = replace(few, records={k: r for k, r in few.records.items() if k[2] == 0})
+    table = dual_view.dual_view_table(few, dual_view.l2rec_minus(few, dual_view.main_models(few)))
+    assert f'**One seed**: on {BOOKS} every trained row (2) rests on one seed; what another seed would give is unknown.' in table.notes
+    assert next(n for n in table.notes if n.startswith('**Not run**')) == f'**Not run** on {BOOKS}: two-view LoRA, LEARN-like, HLLM-like, L2Rec with ids, two-view LoRA with ids, UniSRec-like with ids and SASRec.'
+    assert all('±' not in c for r in table.rows for c in r) and not any('Not tuned' in n for n in table.notes)
+    shutil.rmtree(record_path(own, 'demo', 'dual_view_search', BOOKS, 'unisrec').parent)
+    (note,) = dual_view.untuned_note(tables.read_experiment(own, 'demo', 'dual_view'), ['l2rec', 'l2rec+no-bpc', 'unisrec', 'unisrec+ids'])
+    assert note == f'**Not tuned**: on {BOOKS} no search was made for UniSRec-like, so a difference may be one of settings.'
+
+def test_the_ablation(runs, parts):
+    table = dual_view.ablation_table(runs, parts)
+    assert [r[2] for r in table.rows] == ['L2Rec', *dual_view.PARTS.values(), 'two-view LoRA', 'L2Rec with ids', 'no BPC (with ids)', 'two-view LoRA with ids']
+    assert row(parts, model='l2rec+ids-no-bpc', metric='test/ndcg@10')['core'] == 'l2rec+ids' and any(n.startswith('**Not run**') and 'frozen backbone (heads only) (with ids)' in n for n in table.notes)
+    assert table.notes[0].startswith('**More than one part**: ') and '*semantic view only* and *behaviour view only* each: lacks ACF and BPC too' in table.notes[0] and dual_view.also_note(['l2rec+no-bpc']) == []
+    said = dual_view.describe_ablation(parts)
+    assert 'L2Rec (17 variants): the largest loss is that of *frozen backbone (heads only)' in said and 'Below L2Rec, by an interval that excludes zero: ' in said
+    hurt = parts.with_columns(mean=-.01, ci_low=-.02, ci_high=-.005)
+    assert 'none lies below it. **Above L2Rec**: no shared experts' in dual_view.describe_ablation(hurt)
+    with pytest.raises(ValueError, match='no run of dual_view is a variant of L2Rec'): dual_view.ablation_table(dual_view.within(runs, ['l2rec', 'learn']))
+    orphan = dual_view.within(runs, ['l2rec+no-bpc'])   # a part without the whole
+    assert len(dual_view.ablation_table(orphan).rows) == 1 and 'No variant can be paired' in dual_view.describe_ablation(dual_view.l2rec_minus(orphan, ['l2rec+no-bpc']))
+
+def test_sizes_stand_around_l2recs_own(runs, own):
+    sized = dual_view.within(runs, [m for m in dual_view.models_of(runs) if m == 'l2rec' or dual_view.amount_of(m) and dual_view.core_of(m) == 'l2rec'])
+    assert [r[2:4] for r in dual_view.sizes_table(sized).rows] == [('experts a view', '2'), ('experts a view', '6 (L2Rec)'), ('experts a view', '12'), ('rank', '4'), ('rank', '8 (L2Rec)'), ('rank', '16'),
+                                                                     ('experts chosen (Top-N)', '1'), ('experts chosen (Top-N)', '2 (L2Rec)'), ('experts chosen (Top-N)', '4')]
+    for seed in range(SEEDS): rewritten(record_path(own, 'demo', 'dual_view', BOOKS, 'l2rec', '', seed), provenance={'seed': seed, 'parameters': {'hyperparameters': {'semantic': 3, 'rank': 32}}})
+    table = dual_view.sizes_table(tables.read_experiment(own, 'demo', 'dual_view'))
+    assert [r[3] for r in table.rows[:5]] == ['2', '3 (L2Rec)', '12', '4', '32 (L2Rec)']
+    assert 'experts a view: ' in dual_view.describe_sizes(table) and any('Not run' in n and '2 experts a view (with ids)' in n for n in table.notes)
+    with pytest.raises(ValueError, match='another size'): dual_view.sizes_table(dual_view.within(runs, ['l2rec', 'l2rec+no-bpc']))
+    lost = dual_view.sizes_table(dual_view.within(runs, ['l2rec+rank-4']))
+    assert [r[3] for r in lost.rows] == ['4'] and dual_view.describe_sizes(lost) == 'No amount can be paired with L2Rec as it stands.'
+
+def test_cold_slices_by_plain_loops(runs, gains):
+    few = replace(runs, per_user=runs.per_user.with_columns(target_popularity=pl.when(pl.col('user_id') % 9 == 0).then(0.).otherwise('target_popularity')))
+    data = dual_view.cold_slices(few, gains).filter(core='l2rec', by='target_popularity')
+    a, b = values_of(runs, 'l2rec'), values_of(runs, 'lora')
+    count = few.per_user.filter(model='l2rec', seed=0).sort('user_id')['target_popularity'].to_numpy()
+    bounds = [*dual_view.EDGES['target_popularity'], np.inf]
+    for r in data.iter_rows(named=True):
+        inside = [i for i, c in enumerate(count) if bounds[r['slice']] <= c < bounds[r['slice'] + 1]]
+        assert r['users'] == len(inside) and r['mean'] == pytest.approx(np.mean([a[i] - b[i] for i in inside]), abs=1e-7) and r['ci_low'] <= r['mean'] <= r['ci_high']
+    assert data['label'].to_list() == ['0', '1–4', '5–9', '10–19', '20–49', '≥ 50'] and data['users'].sum() == 600
+    lengths = dual_view.cold_slices(runs, gains).filter(core='l2rec', by='history_length')
+    tail = lengths.row(-1, named=True)
+    assert tail['users'] < dual_view.FEW_USERS and tail['ci_low'] is None and dual_view.cold_table(lengths).rows[-1][6] == '–'
+    assert '(2 users)' not in dual_view.describe_cold(lengths) and 'history 0–4 (' in dual_view.describe_cold(lengths)
+
+# ---- fewer users
+
+def test_the_relative_gain_is_a_ratio_with_a_ratios_interval():
+    rng = np.random.default_rng(0)
+    b = (rng.random(3_000) < .2) * rng.random(3_000)
+    a = np.where(rng.random(3_000) < .8, b, rng.random(3_000) * .3)
+    mean, low, high = dual_view.bootstrap_mean(dual_view.relative_values(a, b), n=2_000)
+    drawn = [a[i].mean() / b[i].mean() - 1 for i in (rng.integers(0, 3_000, 3_000) for _ in range(2_000))]
+    assert mean == pytest.approx(a.mean() / b.mean() - 1) and high - low == pytest.approx(np.subtract(*np.quantile(drawn, [.975, .025])), rel=.08)
+    with pytest.raises(ValueError, match='mean of zero'): dual_view.relative_values(a, np.zeros(3_000))
+
+def test_the_curve_and_its_paragraph(runs):
+    curve = dual_view.sparsity(runs)
+    assert set(curve['model']) == {'l2rec', 'l2rec+ids', 'learn', 'unisrec'} and curve.filter(model='learn')['percent'].to_list() == [10, 25, 50, 100]
+    assert row(curve, model='l2rec+ids', percent=25)['mean'] == pytest.approx(values_of(runs, 'l2rec+ids-fraction-25').mean(), abs=1e-6)
+    figure, drawn = dual_view.sparsity_figure(curve)
+    marked = [y for line in figure.axes[0].lines if line.get_marker() not in ('None', '', None) for y in line.get_ydata()]
+    assert sorted(round(float(y), 9) for y in marked) == sorted(round(v, 9) for v in drawn['mean'])
+    a, b = values_of(runs, 'l2rec+fraction-10'), values_of(runs, 'learn+fraction-10')
+    assert f'L2Rec over LEARN-like: {100 * (a.mean() / b.mean() - 1):+.1f} % [' in dual_view.describe_sparsity(runs, curve)
+    one = dual_view.within(runs, ['l2rec', 'l2rec+fraction-10'])
+    assert 'only L2Rec on fewer users' in dual_view.describe_sparsity(one, dual_view.sparsity(one))
+    with pytest.raises(ValueError, match='two shares'): dual_view.sparsity_figure(dual_view.sparsity(dual_view.within(runs, ['l2rec', 'learn+fraction-10'])))
+    with pytest.raises(ValueError, match='two shares'): dual_view.sparsity_figure(dual_view.sparsity(dual_view.within(runs, ['l2rec', 'learn'])))
+
+# ---- router and gate
+
+def test_evenness_of_known_shares():
+    def use(shares, group='all', users=10): return pl.DataFrame([('semantic', 0, e, group, users, s, 0.) for e, s in enumerate(shares)], schema=['view', 'block', 'expert', 'group', 'users', 'chosen', 'gate'], orient='row')
+    assert dual_view.evenness(use([.5, .5, .5, .5]))['evenness'].item() == pytest.approx(1)
+    lonely = dual_view.evenness(use([1., 0., 0., 0.]))
+    assert lonely['evenness'].item() == pytest.approx(.25) and lonely['idle'].item() == 3
+    groups = pl.concat([use([1., 0.], 'a', 30), use([0., 1.], 'b', 10)])   # no group of all: weighted by users, .75 and .25
+    assert dual_view.evenness(groups)['evenness'].item() == pytest.approx(math.exp(-.75 * math.log(.75) - .25 * math.log(.25)) / 2)
+
+def test_the_map_of_experts(runs, own):
+    data = dual_view.expert_use(runs)
+    assert data['seed'].unique().to_list() == [0] and data['model'].unique().to_list() == ['l2rec']
+    figure, drawn = dual_view.expert_use_figure(data)
+    grids = np.sort(np.concatenate([ax.images[0].get_array().ravel() for ax in figure.axes if ax.images]))
+    assert len(figure.axes) == 7 and np.allclose(grids, np.sort(drawn['chosen'].to_numpy()))
+    assert 'none of 18 experts idle, short history / long history routed differently in 3 of 3 blocks' in dual_view.describe_expert_use(runs, data)
+    path = record_path(own, 'demo', 'dual_view', BOOKS, 'l2rec', '', 0)
+    rewritten(path, files={'experts.csv': dual_view.example_router(0, read_record(path).per_user(), collapsed=True)['experts.csv']})   # no differences.csv, no fusion.csv
+    worse = tables.read_experiment(own, 'demo', 'dual_view')
+    said = dual_view.describe_expert_use(worse, dual_view.expert_use(worse))
+    assert re.search(r'\*\*\d+ of 18 experts idle\*\*', said) and 'No differences.csv' in said
+    planted = pl.concat([data, data.filter(group='short history').with_columns(group=pl.lit('first themes')), data.filter(group='long history').with_columns(group=pl.lit('other themes'))])
+    assert set(dual_view.shown_groups(runs, planted)['group']) == {'all', 'short history', 'long history'}
+    silent = replace(runs, records={})   # nothing says which groups lie apart
+    assert dual_view.shown_groups(silent, planted).height == planted.height
+    with pytest.raises(ValueError, match='experts.csv'): dual_view.expert_use_figure(dual_view.expert_use(dual_view.within(runs, ['learn'])))
+
+def test_the_gate_by_length_of_history(runs):
+    gates = dual_view.fusion_gates(runs)
+    files = [pl.read_csv(runs.records[BOOKS, 'l2rec', s].path / 'fusion.csv').sort('user_id')['gate'].to_numpy() for s in range(SEEDS)]
+    assert np.allclose(gates.filter(model='l2rec').sort('user_id')['gate'], np.mean(files, axis=0))
+    figure, drawn = dual_view.fusion_figure(gates)
+    first = row(drawn, model='l2rec', slice=0)
+    short = gates.filter(pl.col('model') == 'l2rec', pl.col('history_length') < 5)['gate']
+    assert first['users'] == short.len() and first['median'] == pytest.approx(short.median()) and drawn.filter(model='l2rec')['users'].sum() == 600
+    said = dual_view.describe_fusion(gates)
+    assert 'lower for longer histories (p < .001)' in said and 'behaviour view weighs more' in said
+    assert 'does not vary' in dual_view.describe_fusion(gates.with_columns(gate=pl.lit(.7))) and 'semantic view weighs more' in dual_view.describe_fusion(gates.with_columns(gate=pl.lit(.7)))
+    with pytest.raises(ValueError, match='fusion.csv'): dual_view.fusion_figure(gates.clear())
+
+# ---- cost, search, speed
+
+def test_cost(runs, own):
+    table = dual_view.cost_table(runs)
+    seconds = {m: np.mean([runs.records[BOOKS, m, s].metrics['time/train_seconds'] for s in range(SEEDS)]) for m in ('l2rec', 'learn')}
+    assert row(table.long, model='learn', metric='ratio/train_seconds')['mean'] == pytest.approx(seconds['learn'] / seconds['l2rec']) and table.rows[0][7] == '1.00'
+    assert 'L2Rec trains for' in dual_view.describe_cost(table) and {'l2rec+no-bpc', 'item-knn'} <= set(table.long['model'])
+    for seed in range(SEEDS):
+        rewritten(record_path(own, 'demo', 'dual_view', BOOKS, 'l2rec', '', seed), lambda m: {k: v for k, v in m.items() if not k.startswith(('memory', 'parameters'))},
+                  provenance={'seed': seed, 'parameters_trained': 50, 'parameters_total': 1_000, 'peak_memory_mb': 812., 'peak_device_memory_mb': None})
+    elsewhere = dual_view.cost_table(tables.read_experiment(own, 'demo', 'dual_view'))
+    assert elsewhere.rows[0][4:6] == ('50', '5.0') and elsewhere.rows[0][10] == '812'
+    with pytest.raises(ValueError, match='time/train_seconds'): dual_view.cost_table(dual_view.within(runs, []))
+
+def test_searches_as_the_house_table_reads_them(made, own):
+    runs = tables.read_experiment(made, 'demo', 'dual_view_search', per_user=False)
+    table = tables.search_table(dual_view.search_rows(runs), 'dual-view-search')
+    assert [c[1] for c in table.columns[2:]] == ['validation NDCG@10', 'trials', 'seconds', 'dropout', 'lr'] and table.rows[0][2:] == ('.0600', '2', '110', '0.2', '0.002')
+    bare, two = (record_path(own, 'demo', 'dual_view_search', BOOKS, m) for m in ('learn', 'l2rec'))
+    write_record(bare, {'search/cells': 3}, None, read_record(bare).history(), {'seed': 0})                # no choice, no counts: what the trials tell
+    write_record(two, {'validation/ndcg@10': .07, 'search/trials': 4}, None, None, {'seed': 0}, {'chosen.json': {'': {'lr': .001}, 'ids': {'lr': .004, 'hyperparameters': {'dropout': .3}}}})
+    shutil.rmtree(record_path(own, 'demo', 'dual_view_search', BOOKS, 'l2rec', 'ids').parent)
+    rows = {r[1]: r for r in tables.search_table(dual_view.search_rows(tables.read_experiment(own, 'demo', 'dual_view_search', per_user=False))).rows}
+    assert rows['learn'][2:] == ('.0600', '2', '110', '–', '–') and rows['l2rec'][2:] == ('.0700', '4', '–', '–', '0.001') and rows['l2rec+ids'][2:] == ('.0700', '4', '–', '0.3', '0.004')
+
+def test_speed(made, own):
+    table = dual_view.speed_table(tables.read_experiment(made, 'demo', 'expert_efficiency', per_user=False))
+    assert [(r[0], r[2], r[3]) for r in table.rows] == [('loop-over-step', '×', '2.40'), ('step-over-lora-64', '×', '1.02'), ('step', 's', '.3100'), ('ceiling', 'GFLOP/s', '140'), ('training step', 'tokens/s', '13,200')]
+    assert table.long.columns == list(tables.LONG) and table.rows[1][5].startswith('a training step')
+
+# ---- claims
+
+def test_the_ledger(made, runs):
+    ledger = claims.judge(made, 'demo', dual_view.L2REC_CLAIMS)
+    said = {r['claim']: r for r in ledger.iter_rows(named=True)}
+    assert len({c.id for c in dual_view.L2REC_CLAIMS}) == len(dual_view.L2REC_CLAIMS) == ledger.height
+    for claim in ('l2rec-over-unisrec', 'l2rec-over-item-knn', 'l2rec-two-views-over-semantic', 'l2rec-adapters', 'l2rec-learned-over-random', 'l2rec-gain-grows-with-sparsity', 'l2rec-balance', 'l2rec-routes-differ', 'l2rec-trained-share'):
+        assert said[claim]['verdict'] == 'supported', claim
+    best = said['l2rec-over-best-inductive']
+    a, b = values_of(runs, 'l2rec'), values_of(runs, 'lora')
+    assert best['effect'] == pytest.approx(a.mean() / b.mean() - 1, abs=1e-6) and best['threshold'] == .0387 and best['seeds'] == f'{SEEDS} against {SEEDS}, over two-view LoRA of 4'
+    assert said['l2rec-over-best-transductive']['verdict'] == 'not supported' and said['l2rec-over-best-transductive']['seeds'].endswith('over SASRec of 7')
+    gain = [values_of(runs, m).mean() for m in ('l2rec+fraction-10', 'learn+fraction-10', 'l2rec', 'learn')]
+    assert said['l2rec-gain-grows-with-sparsity']['effect'] == pytest.approx(gain[0] / gain[1] - gain[2] / gain[3], abs=1e-5)
+    assert said['l2rec-trained-share-qwen']['reason'] == 'no share/qwen3-0.6b in the records of expert_efficiency' and said['l2rec-online-clicks']['reason'].startswith('needs a running service')
+    assert {c.mark for c in dual_view.L2REC_CLAIMS if c.id.startswith(('l2rec-online', 'l2rec-over-best', 'l2rec-tenth'))} == {'S'}
+
+def test_a_claim_takes_the_pair_with_ids_where_the_other_was_not_run(runs):
+    (effect,) = dual_view.part_helps('no-bpc')(runs)
+    assert effect.seeds == f'{SEEDS} against {SEEDS}'
+    (effect,) = dual_view.part_helps('no-bpc')(dual_view.within(runs, ['l2rec+ids', 'l2rec+ids-no-bpc']))
+    assert effect.seeds == f'{SEEDS} against {SEEDS}, with ids' and effect.value == pytest.approx((values_of(runs, 'l2rec+ids') - values_of(runs, 'l2rec+ids-no-bpc')).mean(), abs=1e-7)
+    (effect,) = dual_view.part_helps('no-bpc')(dual_view.within(runs, ['l2rec', 'learn']))
+    assert effect.value is None and effect.reason == 'no record of l2rec+no-bpc'
+
+def test_claims_on_a_partial_grid(runs):
+    few = dual_view.within(runs, ['l2rec', 'l2rec+no-balance', 'learn'])
+    for model in ('l2rec', 'l2rec+no-balance'): few = few.without(BOOKS, model, seed=1)
+    few = replace(few, records={k: r for k, r in few.records.items() if k[2] == 0})
+    (effect,) = dual_view.balance_prevents_collapse(few)
+    assert effect.value > .3 and claims.verdict(effect) == 'not testable here' and effect.reason == 'one pair of seeds, so no interval'
+    assert dual_view.grows_with_sparsity()(few)[0].reason == 'l2rec and learn were not both run on a share and on all of the training users'
+    assert dual_view.over_best('l2rec+ids')(few)[0].reason == 'no record of l2rec+ids' and dual_view.over_best('l2rec')(few)[0].seeds == f'1 against {SEEDS}, over LEARN-like of 1'
+    assert dual_view.over_best('l2rec')(dual_view.within(few, ['l2rec']))[0].reason == 'no comparator of its class that is ever right'
+    assert dual_view.with_few_beats_all()(few)[0].value is None and dual_view.routed_apart(dual_view.within(few, ['learn']), BOOKS) == []
+
+@pytest.mark.parametrize('share, verdict', [(.05, 'supported'), (.068, 'supported'), (.09, 'not supported')])
+def test_about_five_percent(share, verdict):
+    metrics = pl.DataFrame([{'dataset': 'x', 'model': 'l2rec', 'seed': 0, 'metric': k, 'value': v} for k, v in (('parameters/trained', share * 1e6), ('parameters/total', 1e6), (dual_view.QWEN_SHARE, share))])
+    runs = tables.Runs('demo', 'dual_view', metrics, pl.DataFrame(), {})
+    claim = next(c for c in dual_view.L2REC_CLAIMS if c.id == 'l2rec-trained-share')
+    assert claims.verdict(claim.measure(runs)[0], claim.threshold) == verdict and dual_view.qwen_share(runs, 'x') == [pytest.approx(-abs(share - .05))]
+
+def test_nothing_was_run(tmp_path):
+    assert set(claims.judge(tmp_path, 'gpu', dual_view.L2REC_CLAIMS)['verdict']) == {'not testable here'}
+    with pytest.raises(tables.MissingRecords, match="no run record of the experiment 'dual_view'.*make reproduce PROFILE=gpu"): tables.read_experiment(tmp_path, 'gpu', 'dual_view')
+
+# ---- the report notebook
+
+def reports(*folders, profile='demo'):
+    "For each folder the Markdown and text outputs of the notebook on it, as one text; one kernel runs them in turn."
+    from nbclient import NotebookClient
+    notebook, parts = nbformat.read(ROOT / 'nbs' / 'report' / 'dual_view.ipynb', as_version=4), []
+    for i, folder in enumerate(folders):
+        cells = copy.deepcopy(notebook.cells)
+        next(c for c in cells if 'parameters' in c.metadata.get('tags', ())).source = f'profile, results = {profile!r}, {str(folder)!r}'
+        parts.append([dict(c, id=f'{c.id}-{i}') for c in cells])
+    notebook.cells = [nbformat.from_dict(c) for part in parts for c in part]
+    NotebookClient(notebook, timeout=600, kernel_name='python3', resources={'metadata': {'path': str(ROOT)}}).execute()
+    n = len(notebook.cells) // len(folders)
+    def said(cells): return '\n'.join(d.get('text/markdown', d.get('text/plain', '')) for c in cells if c.cell_type == 'code' for o in c.outputs for d in [o.get('data', {})])
+    return [said(notebook.cells[i * n:(i + 1) * n]) for i in range(len(folders))]
+
+def test_the_report_of_one_of_each_kind_and_of_two_models_with_one_seed_and_no_further_files(own, tmp_path):
+    few = tmp_path / 'few'
+    shutil.copytree(own / 'demo' / 'runs' / 'dual_view', few / 'demo' / 'runs' / 'dual_view', ignore=lambda folder, names: [n for n in names if Path(folder).name == BOOKS and n not in ('l2rec', 'learn') or n == 'seed-1'])
+    for path in (few / 'demo').rglob('seed-0'): rewritten(path, lambda m: {k: v for k, v in m.items() if k.startswith('test/')}, provenance={'seed': 0})
+    full, text = reports(own, few)
+    assert 'Not drawn' not in full
+    def written(results): return {p.name for p in (results / 'demo').glob('*/*') if p.is_file()}
+    for name in ('dual-view', 'dual-view-ablation', 'dual-view-sizes', 'dual-view-slices', 'dual-view-search', 'dual-view-cost', 'expert-efficiency'): assert {f'{name}.{s}' for s in ('csv', 'md', 'tex')} <= written(own), name
+    for name in ('dual-view-sparsity', 'dual-view-history-length', 'dual-view-training', 'expert-use', 'fusion-gate'): assert {f'{name}.{s}' for s in ('csv', 'png', 'pdf')} <= written(own), name
+    assert text.count('Not drawn') == 9 and 'LEARN-like, its only comparator: +' in text and '**No floors**' in text and '**Not tuned**' in text and 'every trained row (2) rests on one seed' in text
+    assert written(few) == {f'{n}.{s}' for n in ('dual-view', 'dual-view-slices') for s in ('csv', 'md', 'tex')} | {f'dual-view-history-length.{s}' for s in ('csv', 'png', 'pdf')}
