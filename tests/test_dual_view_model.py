@@ -59,7 +59,7 @@ def split():
     return leave_last_out(ring(40, 15, 8))
 
 
-SMALL = dict(rank=2, alpha=4., shared=1, semantic=3, behaviour=4, max_tokens=20, item_tokens=4, max_length=7)
+SMALL = dict(rank=2, alpha=4., shared=1, semantic=3, behaviour=4, max_tokens=20, item_tokens=4, max_length=7, width=None, head_hidden=None, dropout=0., text_dropout=0.)
 
 
 def make(split, folder, kind="bert", shaken=True, items=None, **settings):
@@ -219,7 +219,7 @@ def slow_loss(model, batch):
         out = model.represent(batch)
         users, items = (torch.nn.functional.normalize(x.double(), dim=1) for x in (out["h"], model.items.vectors()))
         tau, target = model.log_temperature.double().exp(), batch.following
-        rivals = range(len(items)) if s.targets == "catalogue" else sorted(set(target.tolist()))
+        rivals = model.trained.nonzero().flatten().tolist() if s.targets == "catalogue" else sorted(set(target.tolist()))
         total = 0.
         for u, t in zip(users, target.tolist()):
             logits = {i: float(u @ items[i] / tau) for i in rivals}
@@ -236,6 +236,7 @@ def slow_loss(model, batch):
 @pytest.mark.parametrize("targets", ["catalogue", "batch"])
 def test_loss_is_its_parts(split, folders, targets):
     model = make(split, folders, targets=targets)
+    model.trained[[11, 12]] = False                                           # as if training never met them: no negatives
     batch = batch_of([[i] for i in (1, 2, 5, 7, 2, 9)], [[i] for i in (4, 4, 6, 1, 8, 0)])
     value, parts = model.loss(batch)
     contrastive, balance = slow_loss(model, batch)
@@ -314,7 +315,7 @@ def test_bfloat16_autocast(split, folders):
 
 
 @pytest.mark.parametrize("how", [dict(adapter="lora"), dict(adapter="none"), dict(shared=0), dict(semantic=0), dict(behaviour=0), dict(signals=("context",)), dict(signals=("user",)), dict(fusion="mean"),
-                                 dict(fusion="concat"), dict(views=("semantic",)), dict(views=("behaviour",)), dict(ids=True), dict(ffn=True), dict(layers=[1]), dict(top_n=3), dict(dropout=.2, adapter_dropout=.2),
+                                 dict(fusion="concat"), dict(views=("semantic",)), dict(views=("behaviour",)), dict(ids=True), dict(ffn=True), dict(layers=[1]), dict(top_n=3), dict(dropout=.2, text_dropout=.2, adapter_dropout=.2),
                                  dict(head_hidden=8), dict(pooling="cls", behaviour_pooling="last"), dict(attention="sdpa"), dict(cuts=3), dict(blocks=1), dict(bpc_weight=0., balance_weight=0.)], ids=str)
 def test_every_switch_trains_and_ranks(split, folders, how):
     model = make(split, folders, shaken=False, **how)
@@ -400,7 +401,7 @@ def test_histories_longer_than_the_position_table(split, tmp_path):
 
 @pytest.mark.parametrize("wrong, message", [(dict(cuts=0), "cuts=0: at least 1"), (dict(max_tokens=0), "max_tokens=0"), (dict(rank=0), "rank=0"), (dict(bpc_weight=-1.), "bpc_weight=-1.0: at least 0"),
                                             (dict(targets="all"), "targets 'all'"), (dict(adapter="loar"), "did you mean 'lora'"), (dict(views=("semantics",)), "did you mean 'semantic'"), (dict(views=()), "views"),
-                                            (dict(fusion="sum"), "fusion mode 'sum'"), (dict(top_n=9), "top_n=9"), (dict(dropout=1.), "dropout=1.0"), (dict(temperature=0.), "temperature=0.0"),
+                                            (dict(fusion="sum"), "fusion mode 'sum'"), (dict(top_n=9), "top_n=9"), (dict(dropout=1.), "dropout=1.0"), (dict(text_dropout=1.), "text_dropout=1.0"), (dict(temperature=0.), "temperature=0.0"),
                                             (dict(routing="rando"), "did you mean 'random'"), (dict(attention="flash"), "attention='flash'"), (dict(chunk_tokens=0), "chunk_tokens=0"), (dict(layers=[7]), "layers")])
 def test_settings_out_of_range(split, folders, wrong, message):
     with pytest.raises(ValueError, match=message):
@@ -542,3 +543,15 @@ def test_catalogue_digest():
     items = texts_of(a)
     other = ItemTexts(items.texts, items.vectors + 1e-6, items.known)
     assert catalogue_sha256(a, items) == catalogue_sha256(a, other) != catalogue_sha256(b, items)
+
+
+def test_items_that_training_does_not_meet_are_no_negatives(split, folders):
+    from l2rec.data.splits import training_counts, training_fraction
+
+    few = training_fraction(split, .05)
+    model = make(few, folders, items=texts_of(split))
+    assert model.trained.equal(torch.from_numpy(training_counts(few) > 0)) and not model.trained.all()
+    model.loss(Windows(few, 7)[np.arange(2)])[0].backward()
+    ids = make(few, folders, items=texts_of(split), ids=True)
+    ids.loss(Windows(few, 7)[np.arange(2)])[0].backward()
+    assert ids.items.id.weight.grad[~ids.trained].abs().max() == 0 < ids.items.id.weight.grad[ids.trained].abs().min(1).values.max()

@@ -51,7 +51,7 @@ def draw_cuts(batch: Batch,   # training windows, with `following`
     index, offsets = window_index(start, last + 1)
     return Batch(batch.user[owner[last]], batch.history[index], offsets, (last + 1 - start).cpu(), following=batch.following[last])
 
-# %% ../../nbs/dual_view/08_model.ipynb #c09
+# %% ../../nbs/dual_view/08_model.ipynb #c10
 ADAPTERS = ("dpmoe", "lora", "none")
 
 
@@ -86,7 +86,7 @@ def adapt(backbone: nn.Module, s: SimpleNamespace, user_width: int) -> nn.Module
     if s.checkpointing: backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return adapted
 
-# %% ../../nbs/dual_view/08_model.ipynb #c11
+# %% ../../nbs/dual_view/08_model.ipynb #c12
 @dataclass
 class ViewRoutes:
     "How the B sequences of a view were routed: one entry a block with experts."
@@ -106,7 +106,7 @@ class ViewRoutes:
         parts = [balance_loss(p, c) for p, c in zip(self.probabilities, self.chosen)]
         return torch.stack(parts).mean() if self.learned else self.probabilities[0].new_zeros(())
 
-# %% ../../nbs/dual_view/08_model.ipynb #c13
+# %% ../../nbs/dual_view/08_model.ipynb #c14
 def catalogue_sha256(split: Split, items: ItemTexts) -> str:
     "Which items in which order with which texts; the vectors are left out, as they differ in the last digits between machines."
     digest = hashlib.sha256(np.ascontiguousarray(split.item_id, "<i8").tobytes())
@@ -146,7 +146,7 @@ class L2Rec(Retrieval):
     @property
     def n_items(self) -> int: return len(self.items.text)
 
-# %% ../../nbs/dual_view/08_model.ipynb #c14
+# %% ../../nbs/dual_view/08_model.ipynb #c15
 class L2Rec(L2Rec):
     @classmethod
     def from_split(cls, split: Split,
@@ -185,9 +185,10 @@ class L2Rec(L2Rec):
         settings = {name: value for name, value in locals().items() if name not in ("cls", "split", "items", "__class__")}
         items.check_belongs(split)
         for view in views: one_of(view, VIEWS, "view")
-        return cls(items, SimpleNamespace(**{**settings, "views": tuple(v for v in VIEWS if v in views), "signals": tuple(signals)}), catalogue_sha256(split, items), torch.from_numpy(training_counts(split) > 0))
+        settings |= {"views": tuple(v for v in VIEWS if v in views), "signals": tuple(signals)}
+        return cls(items, SimpleNamespace(**settings), catalogue_sha256(split, items), torch.from_numpy(training_counts(split) > 0))
 
-# %% ../../nbs/dual_view/08_model.ipynb #c19
+# %% ../../nbs/dual_view/08_model.ipynb #c20
 def set_up_dual_view(cls: type[Retrieval],
                      dataset: Dataset,
                      split: Split,                           # of the dataset
@@ -205,7 +206,7 @@ def set_up_dual_view(cls: type[Retrieval],
     if "encoder" in takes: given["encoder"] = encoder
     return set_up(cls, split, seed, {**given, **(hyperparameters or {})}, max_length, **batches)
 
-# %% ../../nbs/dual_view/08_model.ipynb #c21
+# %% ../../nbs/dual_view/08_model.ipynb #c22
 class L2Rec(L2Rec):
     def user_signal(self, vectors: Tensor,   # Float[N, D], of the flat histories
                     batch: Batch) -> Tensor:
@@ -253,7 +254,7 @@ class L2Rec(L2Rec):
             return {"inputs_embeds": places[at][index] * mask[..., None] if len(at) else places.new_zeros(*index.shape, places.shape[1])}, mask
         return self._through("behaviour", batch.length.clamp(1, self.places), make, user, s.behaviour_pooling)
 
-# %% ../../nbs/dual_view/08_model.ipynb #c22
+# %% ../../nbs/dual_view/08_model.ipynb #c23
 class L2Rec(L2Rec):
     def represent(self, batch: Batch,
                   vectors: Tensor | None = None, # Float[N, D] of the flat histories, where they are at hand
@@ -277,7 +278,7 @@ class L2Rec(L2Rec):
         "Item vectors of length 1, Float[I, D]."
         return normalize(self.items.vectors().float(), dim=-1)
 
-# %% ../../nbs/dual_view/08_model.ipynb #c30
+# %% ../../nbs/dual_view/08_model.ipynb #c31
 class L2Rec(L2Rec):
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         "Total of a batch of training windows, and its parts."
@@ -312,7 +313,7 @@ class L2Rec(L2Rec):
             groups.setdefault((inside, decays), []).append(p)
         return [{"params": params, "lr": lr if inside else head_lr, "weight_decay": weight_decay if decays else 0.} for (inside, decays), params in groups.items()]
 
-# %% ../../nbs/dual_view/08_model.ipynb #c34
+# %% ../../nbs/dual_view/08_model.ipynb #c35
 class DualViewModule(RetrievalModule):
     "A retrieval model in a training loop, with rates of its own for adapters and heads, a warm-up, and checkpoints without what is frozen."
 
@@ -346,10 +347,11 @@ class DualViewModule(RetrievalModule):
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         "As a module's own, strict about everything but what is frozen, which stays as it is."
         lacking, beyond = self.state_dict().keys() - state_dict.keys(), state_dict.keys() - super().state_dict().keys()
-        if strict and (lacking or beyond): raise ValueError(f"these weights belong to another model: {len(lacking)} are missing ({', '.join(sorted(lacking)[:2])}), {len(beyond)} are not of it ({', '.join(sorted(beyond)[:2])})")
+        if strict and (lacking or beyond):
+            raise ValueError(f"these weights belong to another model: {len(lacking)} are missing ({', '.join(sorted(lacking)[:2])}), {len(beyond)} are not of it ({', '.join(sorted(beyond)[:2])})")
         return super().load_state_dict(state_dict, False, assign)
 
-# %% ../../nbs/dual_view/08_model.ipynb #c43
+# %% ../../nbs/dual_view/08_model.ipynb #c44
 def save_l2rec(model: L2Rec, folder: str | Path # replaced if it is there
                ) -> Path:
     "Write adapter/, heads.safetensors and l2rec.json."
@@ -374,12 +376,14 @@ def load_l2rec(folder: str | Path, split: Split, items: ItemTexts,
     folder = Path(folder)
     try: about = json.loads((folder / "l2rec.json").read_text())
     except (OSError, ValueError) as error: raise DataError(f"{folder}: no model of save_l2rec ({type(error).__name__}: l2rec.json)") from error
-    if about["catalogue"] != catalogue_sha256(split, items): raise DataError(f"{folder}: the model is for another catalogue: other items, another order or other texts than the split '{split.name}' with {split.n_items} items")
+    if about["catalogue"] != catalogue_sha256(split, items):
+        raise DataError(f"{folder}: the model is for another catalogue: other items, another order or other texts than the split '{split.name}' with {split.n_items} items")
     settings = {**about["settings"], "encoder": encoder or about["settings"]["encoder"]}
     if (here := encoder_sha256(encoder_folder(settings["encoder"]))) != about["backbone"]:
         raise DataError(f"{folder}: the model was trained around another backbone (sha256 {about['backbone'][:12]}...) than '{settings['encoder']}' ({here[:12]}...)")
     model = L2Rec.from_split(split, items, **settings)
-    lacking, beyond = model.load_state_dict(load_file(folder / "heads.safetensors"), strict=False)
-    if beyond or any(not name.startswith("backbone.") for name in lacking): raise DataError(f"{folder}: heads.safetensors does not fit the settings beside it")
+    heads, own = load_file(folder / "heads.safetensors"), {name: value for name, value in model.state_dict().items() if not name.startswith("backbone.")}
+    if {name: value.shape for name, value in heads.items()} != {name: value.shape for name, value in own.items()}: raise DataError(f"{folder}: heads.safetensors does not fit the settings beside it")
+    model.load_state_dict(heads, strict=False)
     if model.settings.adapter != "none": peft.set_peft_model_state_dict(model.backbone, load_file(folder / "adapter" / "adapter_model.safetensors"))
     return model.eval()
