@@ -140,7 +140,7 @@ def test_projector_is_its_equation(widths):
     projector = BehaviourProjector(*widths, hidden=10, size=.3).double()
     x = torch.randn(5, widths[0], dtype=torch.float64)
     normed = lambda v, w=1., b=0.: (v - v.mean()) / math.sqrt(((v - v.mean()) ** 2).mean() + 1e-5) * w + b
-    p = dict(projector.named_parameters())
+    p = {name: value.detach() for name, value in projector.named_parameters()}
     for row, got in zip(x, projector(x)):
         y = normed(row, p["read.weight"], p["read.bias"])
         inner = p["network.0.weight"] @ y + p["network.0.bias"]
