@@ -1,13 +1,19 @@
 """Small data sets for tests: ids with gaps, histories of all lengths, equal time stamps, items taken twice."""
 
+import inspect
+
 import numpy as np
 import polars as pl
+import torch
 
 from l2rec.data.dataset import Dataset, make_dataset
+from l2rec.data.splits import Split
+from l2rec.dual_view.items import ItemTexts
 from l2rec.training.contracts import Click, Retrieval
 from l2rec.training.models import MODELS, model_class
 
-RETRIEVAL = [name for name in MODELS if issubclass(model_class(name), Retrieval)]
+READERS = [name for name in MODELS if issubclass(model_class(name), Retrieval) and "items" in inspect.signature(model_class(name).from_split).parameters]   # retrieval models of texts
+RETRIEVAL = [name for name in MODELS if issubclass(model_class(name), Retrieval) and name not in READERS]
 CLICK = [name for name in MODELS if issubclass(model_class(name), Click)]
 
 
@@ -44,3 +50,12 @@ def ring(n_users: int = 60, n_items: int = 20, length: int = 8, seed: int = 0) -
     rng = np.random.default_rng(seed)
     walk = (rng.integers(0, n_items, n_users)[:, None] + np.cumsum(rng.choice([1, 1, 1, 2], (n_users, length)), 1)) % n_items
     return dataset({u: row.tolist() for u, row in enumerate(walk)})
+
+
+def random_texts(split: Split, seed: int = 0) -> ItemTexts:
+    """Texts of a few words, one item without any, and vectors of MiniLM's width that have nothing to do with them."""
+    rng = np.random.default_rng(seed)
+    texts = ["", *(" ".join(rng.choice(["red", "steel", "garden", "lamp", "blue", "chair"], 3)) for _ in range(split.n_items - 1))]
+    vectors = rng.normal(size=(split.n_items, 384)).astype(np.float32)
+    vectors[0] = 0
+    return ItemTexts(texts, torch.from_numpy(vectors), torch.tensor([bool(t) for t in texts]), item_id=split.item_id)
