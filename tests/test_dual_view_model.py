@@ -136,7 +136,9 @@ def slow_pass(model, items, history):
     out, gates = [], []
     for view, given in (("semantic", {"input_ids": ids}), ("behaviour", {"inputs_embeds": places})):
         with model.backbone.view(view, user=user[None]) as routes:
-            out.append(pool(model.backbone(**given).last_hidden_state))
+            hidden = model.backbone(**given).last_hidden_state
+            newest = 0 if s.order == "newest" and not model.causal else -1            # the place of the newest item
+            out.append(pool(hidden) if view == "semantic" else hidden[0, newest])
         gates.append([g[0] for g in routes.gates])
     h, _ = model.fusion(*(x[None].to(vectors.dtype) for x in out))
     return model.readout(h)[0], *out, gates

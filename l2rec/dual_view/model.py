@@ -188,7 +188,8 @@ class L2Rec(L2Rec):
                    width: int | None = None,            # D of item and user vectors; None: the text vectors'
                    head_hidden: int | None = None,      # units of the head's network; None: a linear head
                    temperature: float = .07,            # where the learned temperature begins
-                   pooling: str = "auto", behaviour_pooling: str = "last", # see `pool_view`
+                   pooling: str = "auto",               # of the semantic view, see `pool_view`
+                   behaviour_pooling: str = "newest",   # the place of the newest item (the last place of a causal backbone), or as in `pool_view`
                    order: str = "oldest",               # see `semantic_input`
                    attention: str = "eager",            # or "sdpa"
                    checkpointing: bool = False,         # compute blocks twice, hold less
@@ -264,7 +265,8 @@ class L2Rec(L2Rec):
             at, offsets = window_index(batch.offsets[rows], batch.offsets[rows + 1])
             index, mask = behaviour_input(offsets, self.places, s.order)
             return {"inputs_embeds": places[at][index] * mask[..., None] if len(at) else places.new_zeros(*index.shape, places.shape[1])}, mask
-        return self._through("behaviour", batch.length.clamp(1, self.places), make, user, s.behaviour_pooling)
+        newest = "last" if self.causal or s.order == "oldest" else "cls"
+        return self._through("behaviour", batch.length.clamp(1, self.places), make, user, newest if s.behaviour_pooling == "newest" else s.behaviour_pooling)
 
 # %% ../../nbs/dual_view/08_model.ipynb #c23
 class L2Rec(L2Rec):
