@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['ADAPTERS', 'draw_cuts', 'expert_config', 'equal_rank', 'adapt', 'ViewRoutes', 'catalogue_sha256', 'L2Rec',
-           'set_up_dual_view', 'DualViewModule', 'save_l2rec', 'load_l2rec']
+           'set_up_dual_view', 'optimiser_groups', 'DualViewModule', 'save_l2rec', 'load_l2rec']
 
 # %% ../../nbs/dual_view/08_model.ipynb #c02
 import hashlib
 import inspect
 import json
-import os
-import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,15 +23,15 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, normalize
 
 from ..data.batches import Batch, SequenceData, window_index
-from ..data.dataset import DataError, Dataset
+from ..data.dataset import DataError, Dataset, whole_folder
 from ..data.item_vectors import MINILM, encoder_folder, encoder_sha256
 from ..data.splits import Split, training_counts
 from .backbone import is_causal, load_backbone, token_table
-from .dpmoe import VIEWS, DPMoEConfig, find_places, width_of
+from .dpmoe import VIEWS, DPMoEConfig, Routes, find_places, width_of
 from .fusion import ACF
 from .items import ItemHead, ItemTexts, cosine_in_batch, cosine_softmax, learned_temperature, make_item_texts
 from .preference import bpc_loss
-from .router import SIGNALS, Router, balance_loss, one_of
+from .router import SIGNALS, Router, one_of
 from .views import BehaviourProjector, behaviour_input, embedding_size, kept_tokens, length_chunks, owner_of, pool_view, rows_of, semantic_input
 from ..training.contracts import Retrieval, build
 from ..training.modules import RetrievalModule, set_up
@@ -101,10 +99,7 @@ class ViewRoutes:
         together = lambda part: [torch.cat(blocks)[back] for blocks in zip(*(getattr(routes, part) for routes in pieces))]
         return cls(together("gates"), together("chosen"), together("probabilities"), pieces[0].learned)
 
-    def balance(self) -> Tensor:
-        "Mean of `balance_loss` over the blocks, 0-dim; 0 where no router learns."
-        parts = [balance_loss(p, c) for p, c in zip(self.probabilities, self.chosen)]
-        return torch.stack(parts).mean() if self.learned else self.probabilities[0].new_zeros(())
+    balance = Routes.balance     # of one pass or of several put together, the same mean over blocks
 
 # %% ../../nbs/dual_view/08_model.ipynb #c14
 def catalogue_sha256(split: Split, items: ItemTexts) -> str:
@@ -293,6 +288,20 @@ class L2Rec(L2Rec):
         return normalize(self.items.vectors().float(), dim=-1)
 
 # %% ../../nbs/dual_view/08_model.ipynb #c31
+def optimiser_groups(model: Retrieval,
+                     lr: float,                # of what is trained inside a language model: adapters and routers
+                     head_lr: float,           # of everything else
+                     weight_decay: float = 0., # of matrices; ids, biases, norms and the temperature have none
+                     ) -> list[dict]:
+    "Groups for an optimiser over everything that is trained."
+    groups = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad: continue
+        inside, decays = name.startswith(("backbone.", "encoder.")), p.dim() > 1 and not name.startswith(("items.id.", "head.id."))
+        groups.setdefault((inside, decays), []).append(p)
+    return [{"params": params, "lr": lr if inside else head_lr, "weight_decay": weight_decay if decays else 0.} for (inside, decays), params in groups.items()]
+
+# %% ../../nbs/dual_view/08_model.ipynb #c33
 class L2Rec(L2Rec):
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         "Total of a batch of training windows, and its parts."
@@ -315,19 +324,9 @@ class L2Rec(L2Rec):
             total = total + s.balance_weight * parts["balance"]
         return total, {**{name: value.detach() for name, value in parts.items()}, "total": total.detach()}
 
-    def parameter_groups(self, lr: float,            # of adapters and routers
-                         head_lr: float,             # of item head, projector, fusion, temperature
-                         weight_decay: float = 0.,   # of matrices; ids, biases, norms and the temperature have none
-                         ) -> list[dict]:
-        "Groups for an optimiser over everything that is trained."
-        groups = {}
-        for name, p in self.named_parameters():
-            if not p.requires_grad: continue
-            inside, decays = name.startswith("backbone."), p.dim() > 1 and not name.startswith("items.id.")
-            groups.setdefault((inside, decays), []).append(p)
-        return [{"params": params, "lr": lr if inside else head_lr, "weight_decay": weight_decay if decays else 0.} for (inside, decays), params in groups.items()]
+    parameter_groups = optimiser_groups
 
-# %% ../../nbs/dual_view/08_model.ipynb #c35
+# %% ../../nbs/dual_view/08_model.ipynb #c37
 class DualViewModule(RetrievalModule):
     "A retrieval model in a training loop, with rates of its own for adapters and heads, a warm-up, and checkpoints without what is frozen."
 
@@ -365,21 +364,16 @@ class DualViewModule(RetrievalModule):
             raise ValueError(f"these weights belong to another model: {len(lacking)} are missing ({', '.join(sorted(lacking)[:2])}), {len(beyond)} are not of it ({', '.join(sorted(beyond)[:2])})")
         return super().load_state_dict(state_dict, False, assign)
 
-# %% ../../nbs/dual_view/08_model.ipynb #c44
+# %% ../../nbs/dual_view/08_model.ipynb #c46
 def save_l2rec(model: L2Rec, folder: str | Path # replaced if it is there
                ) -> Path:
     "Write adapter/, heads.safetensors and l2rec.json."
     folder = Path(folder)
-    aside, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "old"))
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    if model.settings.adapter != "none": model.backbone.save_pretrained(aside / "adapter")
-    save_file({name: value.contiguous() for name, value in model.state_dict().items() if not name.startswith("backbone.")}, aside / "heads.safetensors")
     about = {"settings": {**vars(model.settings), "encoder": str(model.settings.encoder)}, "catalogue": model.source, "backbone": encoder_sha256(encoder_folder(model.settings.encoder))}
-    (aside / "l2rec.json").write_text(json.dumps(about, indent=1))
-    if folder.exists(): os.replace(folder, old)
-    os.replace(aside, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with whole_folder(folder, overwrite=True) as aside:
+        if model.settings.adapter != "none": model.backbone.save_pretrained(aside / "adapter")
+        save_file({name: value.contiguous() for name, value in model.state_dict().items() if not name.startswith("backbone.")}, aside / "heads.safetensors")
+        (aside / "l2rec.json").write_text(json.dumps(about, indent=1))
     return folder
 
 
