@@ -23,6 +23,7 @@ from ..data.item_vectors import MINILM, encoder_folder, encoder_sha256
 from ..data.splits import Split, training_counts
 from .backbone import is_causal, load_backbone, token_table
 from .dpmoe import DPMoEConfig, find_places
+from .fusion import AgingMean
 from .items import ItemHead, ItemTexts, cosine_softmax, inverse_temperature, learned_temperature
 from .model import L2Rec, optimiser_groups
 from .views import length_chunks, pool_view, semantic_input
@@ -32,7 +33,7 @@ from ..training.contracts import Retrieval
 class Tower(nn.Module):
     "SASRec's blocks over item vectors of width D, at most L = `max_length` of them."
 
-    def __init__(self, width: int, heads: int = 1, blocks: int = 2, dropout: float = .5, max_length: int = 50):
+    def __init__(self, width: int, heads: int = 1, blocks: int = 2, dropout: float = .5, max_length: int = 50, residual: bool = False):
         super().__init__()
         for name, value in dict(heads=heads, blocks=blocks, max_length=max_length).items():
             if value < 1: raise ValueError(f"{name}={value}: at least 1")
@@ -42,6 +43,7 @@ class Tower(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(blocks))
         for weight in self.parameters():
             if weight.dim() > 1: nn.init.normal_(weight, std=.02)
+        self.aging = AgingMean() if residual else None
 
     def forward(self, vectors: Tensor, # Float[N, D], one of each position of the batch
                 batch: Batch) -> tuple[Tensor, Packed]:
@@ -51,7 +53,8 @@ class Tower(nn.Module):
         packed = Packed(batch)
         x = packed.spread(dropout(vectors + self.position(packed.from_newest), self.p, self.training))
         for block in self.blocks: x = block(x, packed.visible)
-        return self.norm(packed.collect(x)), packed
+        x = self.norm(packed.collect(x))
+        return x if self.aging is None else x * x.shape[-1] ** -.5 + self.aging(vectors, batch.offsets), packed
 
     def newest(self, vectors: Tensor, batch: Batch) -> Tensor:
         "Float[B, D]: the vector at each history's newest item, of length 1; 0 for an empty history."
@@ -65,10 +68,10 @@ class UniSRecLike(Retrieval):
     "SASRec's blocks over the item head's vectors, cosine scores, softmax over the items that training meets. Width D."
 
     def __init__(self, items: ItemTexts, trained: Tensor | None = None, width: int | None = 128, hidden: int | None = 512, ids: bool = False, heads: int = 1, blocks: int = 2,
-                 dropout: float = .5, text_dropout: float = .2, temperature: float = .07, max_length: int = 50):
+                 dropout: float = .5, text_dropout: float = .2, temperature: float = .07, max_length: int = 50, residual: bool = False):
         super().__init__()
         self.head = ItemHead(items, width, hidden, ids, text_dropout)
-        self.tower = Tower(self.head.width, heads, blocks, dropout, max_length)
+        self.tower = Tower(self.head.width, heads, blocks, dropout, max_length, residual)
         self.log_temperature = learned_temperature(temperature)
         self.register_buffer("trained", trained, persistent=False)                     # Bool[I], items that compete in the loss; None: all
 
@@ -78,10 +81,12 @@ class UniSRecLike(Retrieval):
                    hidden: int | None = 512,            # units of the head's network; None: a linear head
                    ids: bool = False, heads: int = 1, blocks: int = 2, dropout: float = .5,
                    text_dropout: float = .2,            # of the head's input
-                   temperature: float = .07, max_length: int = 50) -> "UniSRecLike":
+                   temperature: float = .07, max_length: int = 50,
+                   residual: bool = False,              # the tower corrects the history's aging mean, as L2Rec's views do
+                   ) -> "UniSRecLike":
         "Raises `DataError` if the texts belong to another catalogue."
         items.check_belongs(split)
-        return cls(items, torch.from_numpy(training_counts(split) > 0), width, hidden, ids, heads, blocks, dropout, text_dropout, temperature, max_length)
+        return cls(items, torch.from_numpy(training_counts(split) > 0), width, hidden, ids, heads, blocks, dropout, text_dropout, temperature, max_length, residual)
 
     parameter_groups = optimiser_groups
 
@@ -117,13 +122,13 @@ class LEARNLike(UniSRecLike):
 
     @classmethod
     def from_split(cls, split: Split, items: ItemTexts, width: int | None = 128, hidden: int | None = 512, ids: bool = False, heads: int = 1, blocks: int = 2, dropout: float = .5,
-                   text_dropout: float = .2, temperature: float = .07, max_length: int = 50,
+                   text_dropout: float = .2, temperature: float = .07, max_length: int = 50, residual: bool = False,
                    ahead: int | None = None, # later items that are targets; None: all
                    ) -> "LEARNLike":
         "Raises `DataError` if the texts belong to another catalogue."
         if ahead is not None and ahead < 1: raise ValueError(f"ahead={ahead}: at least 1, or None for all")
         items.check_belongs(split)
-        model = cls(items, torch.from_numpy(training_counts(split) > 0), width, hidden, ids, heads, blocks, dropout, text_dropout, temperature, max_length)
+        model = cls(items, torch.from_numpy(training_counts(split) > 0), width, hidden, ids, heads, blocks, dropout, text_dropout, temperature, max_length, residual)
         model.ahead = ahead
         return model
 
@@ -190,10 +195,10 @@ class HLLMLike(Retrieval):
     "Item vectors from a text encoder that learns, SASRec's blocks over them, softmax over the items of the batch. Width D."
 
     def __init__(self, items: ItemTexts, encoder: TextEncoder, width: int | None = 128, hidden: int | None = 512, ids: bool = False, heads: int = 1, user_blocks: int = 2,
-                 dropout: float = .5, text_dropout: float = .2, temperature: float = .07, max_length: int = 50):
+                 dropout: float = .5, text_dropout: float = .2, temperature: float = .07, max_length: int = 50, residual: bool = False):
         super().__init__()
         self.encoder, self.head = encoder, ItemHead(items, width, hidden, ids, text_dropout)
-        self.tower = Tower(self.head.width, heads, user_blocks, dropout, max_length)
+        self.tower = Tower(self.head.width, heads, user_blocks, dropout, max_length, residual)
         self.log_temperature = learned_temperature(temperature)
         self._kept = None                                                              # (state of the weights, item vectors)
 
@@ -208,12 +213,12 @@ class HLLMLike(Retrieval):
                    chunk_tokens: int = 4096,            # in one pass of the backbone, padding included
                    width: int | None = 128, hidden: int | None = 512, ids: bool = False, heads: int = 1,
                    user_blocks: int = 2,                # of the tower
-                   dropout: float = .5, text_dropout: float = .2, temperature: float = .07, max_length: int = 50) -> "HLLMLike":
+                   dropout: float = .5, text_dropout: float = .2, temperature: float = .07, max_length: int = 50, residual: bool = False) -> "HLLMLike":
         "Raises `DataError` if the texts belong to another catalogue or the encoder has another width."
         items.check_belongs(split)
         text = TextEncoder(items, encoder, blocks, rank, alpha, layers, item_tokens, pooling, chunk_tokens)
         if (d := text.model.config.hidden_size) != items.width: raise DataError(f"encoder '{encoder}' makes vectors of width {d}, and the item texts have width {items.width}; make both with the same encoder")
-        return cls(items, text, width, hidden, ids, heads, user_blocks, dropout, text_dropout, temperature, max_length)
+        return cls(items, text, width, hidden, ids, heads, user_blocks, dropout, text_dropout, temperature, max_length, residual)
 
 # %% ../../nbs/dual_view/09_comparators.ipynb #c24
 class HLLMLike(HLLMLike):

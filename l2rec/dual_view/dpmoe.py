@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DPMOE', 'VIEWS', 'ATTENTION', 'FFN', 'peft_type', 'DPMoEConfig', 'linear_names', 'ends', 'family', 'block_of',
-           'find_places', 'Now', 'Pass', 'Routes', 'no_view', 'KeepPass', 'DPMoELinear', 'describe_backbone',
-           'width_of', 'kind_of', 'check_backbone', 'BeginPass', 'RouteBlock', 'DPMoEModel', 'register',
-           'trained_share']
+           'find_places', 'Prefixes', 'Now', 'Pass', 'Routes', 'no_view', 'KeepPass', 'DPMoELinear',
+           'describe_backbone', 'width_of', 'kind_of', 'check_backbone', 'BeginPass', 'RouteBlock', 'DPMoEModel',
+           'register', 'trained_share']
 
 # %% ../../nbs/dual_view/02_dpmoe.ipynb #c02
 import copy
@@ -151,6 +151,57 @@ def find_places(model: nn.Module, config: DPMoEConfig) -> tuple[list[str], dict[
     return [blocks[k] for k in chosen], {n: chosen.index(blocks.index(b)) for n, b in where.items() if blocks.index(b) in chosen}
 
 # %% ../../nbs/dual_view/02_dpmoe.ipynb #c16
+class Prefixes:
+    "The beginnings of B sequences that are represented each on its own: P of them, numbered sequence after sequence, shorter ones first."
+
+    def __init__(self, number: Tensor, # Int[B, L], of the shortest prefix that holds the token; it does not fall along a sequence. Anything where there is no token
+                 real: Tensor,         # Bool[B, L], where there is one
+                 count: int):          # P; each has a token of its own
+        if number.shape != real.shape or number.dim() != 2: raise ValueError(f"numbers of shape {tuple(number.shape)} and real tokens of shape {tuple(real.shape)}: both [B, L]")
+        self.number, self.real = torch.where(real, number, 0), real
+        place, own = torch.arange(number.numel(), device=number.device).view(number.shape)[real], number[real]
+        self.last = own.new_full((count,), -1).scatter_reduce(0, own, place, "amax")       # Int[P], flat place of a prefix's last token
+        self.tokens = real.cumsum(1).flatten()[self.last]                                    # Int[P], up to there
+
+    def __len__(self) -> int: return len(self.last)
+
+    def spread(self, rows: Tensor # Float[P, *]
+               ) -> Tensor:
+        "Float[B, L, *]: each token has the row of the shortest prefix that holds it."
+        return rows[self.number]
+
+    def mean(self, x: Tensor # Float[B, L, D]
+             ) -> Tensor:
+        "Float[P, D], over all tokens of a prefix, float32 at least."
+        self._check(x)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        total = (x * self.real.unsqueeze(-1)).cumsum(1, dtype=dtype).flatten(0, 1)[self.last]
+        return total / self.tokens.unsqueeze(-1)
+
+    def own(self, x: Tensor) -> Tensor:
+        "Float[P, D], mean over the tokens that a prefix has and the one before it has not."
+        self._check(x)
+        number, dtype = self.number[self.real], torch.promote_types(x.dtype, torch.float32)
+        total = x.new_zeros(len(self), x.shape[-1], dtype=dtype).index_add(0, number, x[self.real].to(dtype))
+        return total / torch.bincount(number, minlength=len(self)).unsqueeze(-1)
+
+    def newest(self, x: Tensor) -> Tensor:
+        "Float[P, D], of a prefix's last token."
+        self._check(x)
+        return x.flatten(0, 1)[self.last].to(torch.promote_types(x.dtype, torch.float32))
+
+    def visible(self, causal: bool = False # tokens see no later one of their own item either
+                ) -> Tensor:
+        "Bool[B, 1, L, L]: a token (row) sees tokens (columns) of its own item and of those before; where there is no token, itself."
+        places = torch.arange(self.number.shape[1], device=self.number.device)
+        seen = (self.number[:, :, None] >= self.number[:, None, :]) & self.real[:, None, :] & self.real[:, :, None]
+        if causal: seen &= places[:, None] >= places
+        return (seen | (places[:, None] == places))[:, None]
+
+    def _check(self, x: Tensor) -> None:
+        if x.shape[:2] != self.real.shape: raise ValueError(f"prefixes of {list(self.real.shape)} tokens: the view's input has {list(x.shape[:2])}")
+
+# %% ../../nbs/dual_view/02_dpmoe.ipynb #c20
 class Now(threading.local):
     "The view that is open on one tuner, in one thread."
     routes: "Routes | None" = None
@@ -164,31 +215,32 @@ class Now(threading.local):
 class Pass:
     "One forward pass of one view: its inputs, and the route of each block as it is found."
 
-    def __init__(self, view: str, user: Tensor | None, mask: Tensor | None):
-        self.view, self.user, self.mask = view, user, mask
+    def __init__(self, view: str, user: Tensor | None, mask: Tensor | None, prefixes: Prefixes | None):
+        self.view, self.user, self.mask, self.prefixes = view, user, mask, prefixes
         self.routing: dict[int, Routing] = {}       # by block
-        self.wide: dict[int, Tensor | None] = {}    # gates as the layers of a block need them, Float[B, R]; None: all 1
+        self.wide: dict[int, Tensor | None] = {}    # gates as the layers of a block need them, Float[B, R] or Float[B, L, R]; None: all 1
 
     def context(self, x: Tensor # Float[B, L, D]
                 ) -> Tensor:
-        "Mean over real tokens, Float[B, D], float32 at least; zeros where there are none."
+        "Mean over real tokens, Float[B, D], or of each prefix, Float[P, D]; float32 at least, zeros where there are none."
         dtype = torch.promote_types(x.dtype, torch.float32)
+        if self.prefixes is not None: return self.prefixes.mean(x)
         if self.mask is None: return x.mean(1, dtype=dtype)
         if self.mask.shape != x.shape[:2]: raise ValueError(f"mask of shape {tuple(self.mask.shape)}: the view's input has {tuple(x.shape[:2])} sequences and tokens")
         real = self.mask.to(x.device, x.dtype)
         return (real.unsqueeze(1) @ x).squeeze(1).to(dtype) / self.mask.to(x.device).sum(1, keepdim=True).clamp_min(1)
 
-# %% ../../nbs/dual_view/02_dpmoe.ipynb #c17
+# %% ../../nbs/dual_view/02_dpmoe.ipynb #c21
 class Routes:
     "What a view's pass was routed through: lists over the blocks with experts."
 
-    def __init__(self, view: str, user: Tensor | None, mask: Tensor | None, learned: bool):
-        self.view, self.user, self.mask, self.learned = view, user, mask, learned
+    def __init__(self, view: str, user: Tensor | None, mask: Tensor | None, prefixes: Prefixes | None, learned: bool):
+        self.view, self.user, self.mask, self.prefixes, self.learned = view, user, mask, prefixes, learned
         self.last: Pass | None = None
 
     def begin(self) -> Pass:
         "A pass of this view; its routes are the ones shown from now on."
-        self.last = Pass(self.view, self.user, self.mask)
+        self.last = Pass(self.view, self.user, self.mask, self.prefixes)
         return self.last
 
     def _of_blocks(self, part: str) -> list[Tensor]:
@@ -196,7 +248,7 @@ class Routes:
         return [getattr(route, part) for _, route in sorted(self.last.routing.items())]
 
     @property
-    def gates(self) -> list[Tensor]: return self._of_blocks("gates")                    # Float[B, E] a block
+    def gates(self) -> list[Tensor]: return self._of_blocks("gates")                    # Float[B, E] a block, or Float[P, E] of prefixes
 
     @property
     def chosen(self) -> list[Tensor]: return self._of_blocks("chosen")                  # Bool[B, E]
@@ -209,7 +261,7 @@ class Routes:
         parts = [balance_loss(p, c) for p, c in zip(self.probabilities, self.chosen)]
         return torch.stack(parts).mean() if self.learned else parts[0].new_zeros(())
 
-# %% ../../nbs/dual_view/02_dpmoe.ipynb #c18
+# %% ../../nbs/dual_view/02_dpmoe.ipynb #c22
 def no_view() -> RuntimeError:
     return RuntimeError("no view is open: run the backbone inside `with model.view(\"semantic\", user=..., mask=...) as routes:` (or \"behaviour\"), in the same thread; "
                         "`with model.disable_adapter():` gives the backbone alone")
@@ -232,7 +284,7 @@ class KeepPass:
             finally: now.run = before
         return self.function(within, *args, **kwargs)
 
-# %% ../../nbs/dual_view/02_dpmoe.ipynb #c20
+# %% ../../nbs/dual_view/02_dpmoe.ipynb #c24
 class DPMoELinear(nn.Module, BaseTunerLayer):
     "A frozen Linear and the experts of its pools: y = x W' + b + scale * ((drop(x) A') * gate) B'."
 
@@ -276,7 +328,7 @@ class DPMoELinear(nn.Module, BaseTunerLayer):
         name = self.active_adapters[0]
         return expert_product(rows, self.base_layer.weight, self.base_layer.bias, *factors, gate, self.scaling[name], self.dropout, self.training).view(*x.shape[:-1], -1)
 
-# %% ../../nbs/dual_view/02_dpmoe.ipynb #c21
+# %% ../../nbs/dual_view/02_dpmoe.ipynb #c25
 class DPMoELinear(DPMoELinear):
     @torch.no_grad()
     def merge_route(self, view: str, gates: Tensor # Float[E], of the view's pool
@@ -299,7 +351,7 @@ class DPMoELinear(DPMoELinear):
     def merge(self, *args, **kwargs) -> None:
         raise ValueError("the weights of DPMoE depend on view and user: merge_user(view, gates) merges one user's route, unmerge() takes it back")
 
-# %% ../../nbs/dual_view/02_dpmoe.ipynb #c23
+# %% ../../nbs/dual_view/02_dpmoe.ipynb #c27
 def describe_backbone(model: nn.Module, blocks: list[str], places: dict[str, int]) -> dict:
     "What an adapter must find again: model type, width, blocks, matrices of a block by name and shape, a fingerprint of their first numbers (None on the meta device)."
     weights = {n: model.get_submodule(n).weight for n in places}
@@ -331,7 +383,7 @@ def check_backbone(saved: dict | None, here: dict) -> None:
         raise ValueError(f"adapter of another backbone: same shapes, other weights (fingerprint {saved['fingerprint']} there, {here['fingerprint']} here); "
                          "load the checkpoint that it was trained on")
 
-# %% ../../nbs/dual_view/02_dpmoe.ipynb #c24
+# %% ../../nbs/dual_view/02_dpmoe.ipynb #c28
 class BeginPass:
     "Forward pre-hook of the backbone."
     def __init__(self, tuner: "DPMoEModel"): self.tuner = tuner
@@ -388,7 +440,7 @@ class DPMoEModel(BaseTuner):
         model.register_forward_pre_hook(BeginPass(self))
         for k, name in enumerate(self.block_names): model.get_submodule(name).register_forward_pre_hook(RouteBlock(self, k), with_kwargs=True)
 
-# %% ../../nbs/dual_view/02_dpmoe.ipynb #c26
+# %% ../../nbs/dual_view/02_dpmoe.ipynb #c30
 class DPMoEModel(DPMoEModel):
     @property
     def silent(self) -> bool:
@@ -410,26 +462,28 @@ class DPMoEModel(DPMoEModel):
         if self.silent: return
         run, config = self.now.run, self.peft_config[self.adapter]
         if run is None: raise no_view()
-        experts = getattr(config, run.view)
+        experts, rows = getattr(config, run.view), len(x) if run.prefixes is None else len(run.prefixes)
         if not experts:
-            none = x.new_zeros(len(x), 0)
+            none = x.new_zeros(rows, 0)
             run.routing.setdefault(block, Routing(none, none.bool(), none))
             run.wide[block] = None
             return
         router = self.dpmoe_router[self.adapter][run.view][block]
         reads_context = {"context", "interaction"} & set(router.signals)
-        if run.user is not None and len(run.user) != len(x): raise ValueError(f"user of {len(run.user)} rows: the view's input has {len(x)} sequences")
-        routing = router(run.context(x) if reads_context else x[:, 0], None if run.user is None else run.user.to(x.device))
+        if run.user is not None and len(run.user) != rows: raise ValueError(f"user of {len(run.user)} rows: the view's input has {rows} {'sequences' if run.prefixes is None else 'prefixes'}")
+        routing = router(run.context(x) if reads_context else x.new_zeros(rows, x.shape[-1]), None if run.user is None else run.user.to(x.device))
         run.routing.setdefault(block, routing)
-        always = routing.gates.new_ones(len(x), config.shared)
-        run.wide[block] = wide_gate(torch.cat([always, routing.gates], 1), config.r)
+        always = routing.gates.new_ones(rows, config.shared)
+        wide = wide_gate(torch.cat([always, routing.gates], 1), config.r)
+        run.wide[block] = wide if run.prefixes is None else run.prefixes.spread(wide)
 
-# %% ../../nbs/dual_view/02_dpmoe.ipynb #c28
+# %% ../../nbs/dual_view/02_dpmoe.ipynb #c32
 class DPMoEModel(DPMoEModel):
     @contextmanager
     def view(self, name: str,                  # "semantic" or "behaviour"
              user: Tensor | None = None,       # Float[B, user_width]; may be None where no router reads it
              mask: Tensor | None = None,       # Bool or Int[B, L], 1 at real tokens; None: all are
+             prefixes: Prefixes | None = None, # in place of a mask: every prefix has a route of its own, and `user` a row for each, Float[P, user_width]
              ):
         """
         Open a view in this thread: `with model.view("semantic", user=u, mask=m) as routes: hidden = model(...).last_hidden_state`.
@@ -439,9 +493,10 @@ class DPMoEModel(DPMoEModel):
         one_of(name, VIEWS, "view")
         if self.adapter not in self.peft_config: raise RuntimeError("the DPMoE adapter of this model was deleted: there is no view to open")
         if self.merged_view is not None: raise RuntimeError(f"weights are merged for one user's {self.merged_view} view: run the model without a view, or unmerge() first")
+        if mask is not None and prefixes is not None: raise ValueError("mask and prefixes: prefixes know which tokens are real; give one of the two")
         if mask is not None and mask.dim() != 2: raise ValueError(f"mask of shape {tuple(mask.shape)}: a view takes [B, L], 1 at real tokens")
         config, before = self.peft_config[self.adapter], (self.now.routes, self.now.run)
-        routes = Routes(name, user, mask, config.routing == "learned" and getattr(config, name) > 0)
+        routes = Routes(name, user, mask, prefixes, config.routing == "learned" and getattr(config, name) > 0)
         self.now.routes = routes
         self.now.run = routes.begin()
         try: yield routes
@@ -470,7 +525,7 @@ class DPMoEModel(DPMoEModel):
 
     def expert_layers(self) -> list[DPMoELinear]: return [m for m in self.model.modules() if isinstance(m, DPMoELinear)]
 
-# %% ../../nbs/dual_view/02_dpmoe.ipynb #c30
+# %% ../../nbs/dual_view/02_dpmoe.ipynb #c34
 class DPMoEModel(DPMoEModel):
     def set_adapter(self, adapter_name, inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode)
@@ -521,7 +576,7 @@ def register() -> None:
 
 register()
 
-# %% ../../nbs/dual_view/02_dpmoe.ipynb #c57
+# %% ../../nbs/dual_view/02_dpmoe.ipynb #c61
 def trained_share(backbone,                            # a transformers configuration, or the name or folder of one
                   config: DPMoEConfig | None = None,   # None: the defaults; a user_width of None counts as the backbone's width [P]
                   ) -> tuple[int, int]:

@@ -34,12 +34,12 @@ def expert_loop(x: Tensor,           # Float[B, ..., d_in]
 MANY_TOKENS = 64      # of a sequence, from which gathering its own experts pays
 
 
-def chosen_columns(gate: Tensor | None,  # Float[B, R]
+def chosen_columns(gate: Tensor | None,  # Float[B, R]; where tokens have gates of their own, [B, n, R], all columns are taken
                    tokens: int,          # of a sequence
                    active: int | None,   # columns of a row that are not 0, at most; None: counted on a CPU, elsewhere all (counting would stop the queue)
                    ) -> Tensor | None:
     "Columns that each row needs, ascending, Int[B, K]; None: take all."
-    if gate is None or tokens < MANY_TOKENS or not gate.numel(): return None
+    if gate is None or gate.dim() > 2 or tokens < MANY_TOKENS or not gate.numel(): return None
     used = gate != 0
     if active is None: active = int(used.sum(1).max()) if gate.device.type == "cpu" else gate.shape[1]
     return used.int().topk(active).indices.sort(1).values if active < gate.shape[1] else None
@@ -65,8 +65,9 @@ class WideExperts(torch.autograd.Function):
 
     @staticmethod
     def operands(x, down, up, gate, columns, scale):
-        "Factors Float[G, K, d] in the dtype of x, and s times the gate Float[B, 1, K]."
-        g = x.new_full((1, 1, 1), scale) if gate is None else ((gate if columns is None else gate.gather(1, columns)) * scale).to(x.dtype).unsqueeze(1)
+        "Factors Float[G, K, d] in the dtype of x, and s times the gate Float[B, 1 or n, K]."
+        g = x.new_full((1, 1, 1), scale) if gate is None else ((gate if columns is None else gate.gather(1, columns)) * scale).to(x.dtype)
+        if g.dim() == 2: g = g.unsqueeze(1)
         return *gathered(down.to(x.dtype), up.to(x.dtype), columns), g
 
     @staticmethod
@@ -96,7 +97,8 @@ class WideExperts(torch.autograd.Function):
         u, d_x, d_down, d_up, d_gate = (grouped(grad) @ b.mT).view_as(t), None, None, None, None     # Float[B, n, K]
         if need_up: d_up = spread(grouped(t * g).mT @ grouped(grad), columns, len(down)).t().to(up.dtype)
         if need_gate:
-            d_gate = (u * t).sum(1, dtype=torch.promote_types(u.dtype, torch.float32)).mul_(ctx.scale).to(gate.dtype)
+            d_gate = u * t if gate.dim() == 3 else (u * t).sum(1, dtype=torch.promote_types(u.dtype, torch.float32))
+            d_gate = d_gate.mul_(ctx.scale).to(gate.dtype)
             d_gate = d_gate * (gate != 0) if columns is None else torch.zeros_like(gate).scatter_(1, columns, d_gate * (gate.gather(1, columns) != 0))
         u = grouped(u.mul_(g))
         if need_down: d_down = spread(u.mT @ grouped(x if kept is None else x * kept), columns, len(down)).to(down.dtype)
@@ -112,7 +114,7 @@ def expert_product(x: Tensor,             # Float[B, ..., d_in]; [B, d_in] has o
                    bias: Tensor | None,   # b, Float[d_out], frozen
                    down: Tensor,          # A, Float[R, d_in]: all experts, one below the other
                    up: Tensor,            # B, Float[d_out, R]
-                   gate: Tensor | None,   # Float[B, R], from `wide_gate`, 0 where not chosen; None: every expert counts fully
+                   gate: Tensor | None,   # Float[B, R], from `wide_gate`, 0 where not chosen; or Float[B, ..., R], one a token; None: every expert counts fully
                    scale: float = 1.,     # s
                    dropout: float = 0.,   # share of x's elements hidden from the experts while training
                    training: bool = False,
@@ -124,7 +126,7 @@ def expert_product(x: Tensor,             # Float[B, ..., d_in]; [B, d_in] has o
     Gradients reach x, down, up and gate (none where it is 0). Raises `ValueError` on shapes that do not fit and on a weight or bias that wants a gradient. Not twice differentiable.
     """
     rank, (d_out, d_in) = down.shape[0], weight.shape
-    shapes = {"x": (*x.shape[:-1], d_in), "down": (rank, d_in), "up": (d_out, rank), "gate": (len(x), rank), "bias": (d_out,)}
+    shapes = {"x": (*x.shape[:-1], d_in), "down": (rank, d_in), "up": (d_out, rank), "gate": (len(x), rank) if gate is None or gate.dim() == 2 else (*x.shape[:-1], rank), "bias": (d_out,)}
     given = {"x": x, "down": down, "up": up, "gate": gate, "bias": bias}
     wrong = [f"{name} is {list(given[name].shape)}, not {list(shape)}" for name, shape in shapes.items() if given[name] is not None and given[name].shape != shape]
     if wrong or x.dim() < 2: raise ValueError(f"weight {list(weight.shape)}, {rank} rows of down: " + ("; ".join(wrong) or f"x {list(x.shape)} needs a batch dimension"))
@@ -136,6 +138,7 @@ def expert_product(x: Tensor,             # Float[B, ..., d_in]; [B, d_in] has o
         x, weight, bias = (value if value is None else value.to(torch.get_autocast_dtype(kind)) for value in (x, weight, bias))
     with torch.autocast(kind, enabled=False):
         flat = x.reshape(len(x), x.shape[1:-1].numel(), d_in).contiguous()
+        if gate is not None and gate.dim() > 2: gate = gate.reshape(*flat.shape[:2], rank)
         y = WideExperts.apply(flat, weight, bias, down, up, gate, chosen_columns(gate, flat.shape[1], active), float(scale), dropout if training else 0.)
     return y.view(*x.shape[:-1], d_out)
 

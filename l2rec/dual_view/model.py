@@ -22,17 +22,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import dropout, normalize
 
-from ..data.batches import Batch, SequenceData, window_index
+from ..data.batches import Batch, SequenceData, padded, window_index
 from ..data.dataset import DataError, Dataset, whole_folder
 from ..data.item_vectors import MINILM, encoder_folder, encoder_sha256
 from ..data.splits import Split, training_counts
 from .backbone import is_causal, load_backbone, token_table
-from .dpmoe import VIEWS, DPMoEConfig, Routes, find_places, width_of
-from .fusion import ACF
+from .dpmoe import VIEWS, DPMoEConfig, Prefixes, Routes, find_places, width_of
+from .fusion import ACF, AgingMean
 from .items import ItemHead, ItemTexts, cosine_in_batch, cosine_softmax, learned_temperature, make_item_texts
 from .preference import bpc_loss
 from .router import SIGNALS, Router, one_of
-from .views import BehaviourProjector, behaviour_input, embedding_size, kept_tokens, length_chunks, owner_of, pool_view, rows_of, semantic_input
+from .views import BehaviourProjector, behaviour_input, embedding_size, filled, item_prefixes, length_chunks, owner_of, pool_view, semantic_input, text_prefixes
 from ..training.contracts import Retrieval, build
 from ..training.modules import RetrievalModule, set_up
 
@@ -94,7 +94,7 @@ class ViewRoutes:
     learned: bool                # False: nothing could be out of balance
 
     @classmethod
-    def joined(cls, pieces: list, back: Tensor # Int[B], where each row of the batch stands in the pieces
+    def joined(cls, pieces: list, back: Tensor # Int[B], where each row stands in the pieces
                ) -> "ViewRoutes":
         together = lambda part: [torch.cat(blocks)[back] for blocks in zip(*(getattr(routes, part) for routes in pieces))]
         return cls(together("gates"), together("chosen"), together("probabilities"), pieces[0].learned)
@@ -121,7 +121,10 @@ class L2Rec(Retrieval):
         for name in ("bpc_weight", "balance_weight"):
             if getattr(s, name) < 0: raise ValueError(f"{name}={getattr(s, name)}: at least 0")
         one_of(s.targets, ("catalogue", "batch"), "targets")
-        for name in ("dropout", "text_dropout"):
+        if one_of(s.reading, ("prefixes", "whole"), "reading") == "prefixes":
+            if s.order != "oldest": raise ValueError(f"order={s.order!r}: prefixes begin with the oldest item; order='newest' is for reading='whole'")
+            for name in ("pooling", "behaviour_pooling"): one_of(getattr(s, name), ("auto", "newest", "mean", "last"), name)
+        for name in ("dropout", "place_dropout", "text_dropout"):
             if not 0 <= getattr(s, name) < 1: raise ValueError(f"{name}={getattr(s, name)}: at least 0 and below 1")
         backbone, tokenizer = load_backbone(s.encoder, s.blocks, attention=s.attention)
         positions = getattr(backbone.config, "max_position_embeddings", None) or 1 << 30
@@ -135,6 +138,7 @@ class L2Rec(Retrieval):
         self.fusion = ACF(d, s.fusion, tuple(s.views))
         self.readout = nn.Identity() if d == D else nn.Linear(d, D)
         if d != D and self.projector is not None: self._begin_aligned()
+        self.aging = AgingMean() if s.residual else None
         self.log_temperature = learned_temperature(s.temperature)
         self.backbone = adapt(backbone, s, D)
         self.train()
@@ -148,12 +152,8 @@ class L2Rec(Retrieval):
 
     @property
     def n_items(self) -> int: return len(self.items.text)
-#
-# Two settings decide how far L2Rec is before it learns anything, since a Transformer's residual path hands item vectors through, and their cosines with the items are then worth something. The behaviour view is read off at the *newest* item, as SASRec's is, not as a mean over places [P]; and where item vectors are narrower than
-# the backbone, the way in and the way out begin as transposes of one orthogonal map [P]. On Amazon Scientific the untrained behaviour view alone has a validation NDCG@10 of .066 at full width (.048 as a mean) and .062 at a width of 128; after three epochs .083 and .072, so that full width with a linear head is the default, though the
-# comparators, which learn from every position of every history for dozens of epochs, do better with a deeper and narrower head.
 
-# %% ../../nbs/dual_view/08_model.ipynb #c15
+# %% ../../nbs/dual_view/08_model.ipynb #c16
 class L2Rec(L2Rec):
     @classmethod
     def from_split(cls, split: Split,
@@ -168,27 +168,30 @@ class L2Rec(L2Rec):
                    routing: str = "learned",            # or "dense", "random", "equal"
                    adapter: str = "dpmoe",              # or "lora", "none"
                    fusion: str = "acf",                 # or "mean", "concat"
+                   residual: bool = True,               # the views correct the history's aging mean, see `AgingMean`
                    views: tuple[str, ...] = VIEWS,
                    bpc_weight: float = .1, bpc_temperature: float = .1,
                    balance_weight: float = .01,
-                   max_tokens: int = 128, item_tokens: int = 24, # semantic view: of a history, of an item
+                   max_tokens: int = 256, item_tokens: int = 16, # semantic view: of a history, of an item
                    max_length: int = 50,                # behaviour view: items
-                   cuts: int = 1,                       # targets of a window and step
+                   reading: str = "prefixes",           # every prefix of a history has its vector, and is asked; or "whole"
+                   cuts: int = 1,                       # targets of a window and step, where histories are read whole
                    targets: str = "catalogue",          # negatives; or "batch"
-                   dropout: float = .1,                 # on the user vector
+                   dropout: float = .5,                 # on the user vector
+                   place_dropout: float = .5,           # on the behaviour view's input
                    text_dropout: float = .2,            # on text vectors in the item head
                    adapter_dropout: float = 0.,         # on what the experts read
                    ffn: bool = False,                   # adapt the feed-forward network too
                    layers: int | list[int] | None = None, # blocks with experts; None: all
                    width: int | None = None,            # D of item and user vectors; None: the text vectors'
-                   head_hidden: int | None = None,      # units of the head's network; None: a linear head
+                   head_hidden: int | None = 512,       # units of the head's network; None: a linear head
                    temperature: float = .07,            # where the learned temperature begins
                    pooling: str = "auto",               # of the semantic view, see `pool_view`
                    behaviour_pooling: str = "newest",   # the place of the newest item (the last place of a causal backbone), or as in `pool_view`
                    order: str = "oldest",               # see `semantic_input`
                    attention: str = "eager",            # or "sdpa"
                    checkpointing: bool = False,         # compute blocks twice, hold less
-                   chunk_tokens: int | None = None,     # of one piece that passes the backbone; None: 1,024 on a CPU, 32,768 on an accelerator
+                   chunk_tokens: int | None = None,     # of one piece that passes the backbone; None: on a CPU 1,024 of text or 128 places, 32,768 on an accelerator
                    ) -> "L2Rec":
         settings = {name: value for name, value in locals().items() if name not in ("cls", "split", "items", "__class__")}
         items.check_belongs(split)
@@ -196,7 +199,7 @@ class L2Rec(L2Rec):
         settings |= {"views": tuple(v for v in VIEWS if v in views), "signals": tuple(signals)}
         return cls(items, SimpleNamespace(**settings), catalogue_sha256(split, items), torch.from_numpy(training_counts(split) > 0))
 
-# %% ../../nbs/dual_view/08_model.ipynb #c20
+# %% ../../nbs/dual_view/08_model.ipynb #c21
 def set_up_dual_view(cls: type[Retrieval],
                      dataset: Dataset,
                      split: Split,                           # of the dataset
@@ -214,69 +217,112 @@ def set_up_dual_view(cls: type[Retrieval],
     if "encoder" in takes: given["encoder"] = encoder
     return set_up(cls, split, seed, {**given, **(hyperparameters or {})}, max_length, **batches)
 
-# %% ../../nbs/dual_view/08_model.ipynb #c22
-class L2Rec(L2Rec):
-    def user_signal(self, vectors: Tensor,   # Float[N, D], of the flat histories
-                    batch: Batch) -> Tensor:
-        "u, Float[B, D], without gradient; zeros for an empty history."
-        unit = normalize(vectors.detach().float(), dim=-1) * vectors.shape[1] ** .5
-        total = unit.new_zeros(len(batch), unit.shape[1]).index_add_(0, owner_of(batch.offsets, len(unit)), unit)
-        return total / batch.offsets.diff().clamp(min=1)[:, None]
-
-    def _through(self, view: str, length: Tensor, make, user: Tensor, pooling: str):
-        "(pooled Float[B, d], routes): the rows in pieces of like length; `make(rows)` gives a piece's inputs and mask."
-        size = self.settings.chunk_tokens or (1024 if user.device.type == "cpu" else 32_768)
-        pieces, pooled, routes = length_chunks(length, size), [], []
-        for rows in pieces:
-            rows = rows.to(user.device)
-            inputs, mask = make(rows)
-            attended = mask | (torch.arange(mask.shape[1], device=mask.device) == 0)          # an empty row attends to its one place
-            if self.settings.adapter == "dpmoe":
-                with self.backbone.view(view, user=user[rows], mask=attended) as route:
-                    hidden = self.backbone(**inputs, attention_mask=attended.long()).last_hidden_state
-                routes.append(route)
-            else: hidden = self.backbone(**inputs, attention_mask=attended.long()).last_hidden_state
-            pooled.append(pool_view(hidden, mask, pooling, self.causal))
-        back = torch.argsort(torch.cat(pieces)).to(user.device)
-        return torch.cat(pooled)[back], ViewRoutes.joined(routes, back) if routes else None
-
-    def read_text(self, batch: Batch, user: Tensor):
-        "The semantic view: (Float[B, d], routes)."
-        s = self.settings
-        kept = kept_tokens(batch.history, batch.offsets, self.tokens, s.max_tokens)
-        inside = torch.cat([kept.new_zeros(1), kept.cumsum(0)])[batch.offsets].diff()
-
-        def make(rows):
-            ids, mask = semantic_input(*rows_of(batch.history, batch.offsets, rows), self.tokens, s.max_tokens, s.order)
-            return {"input_ids": ids}, mask
-        return self._through("semantic", inside.cpu() + len(self.tokens.before) + len(self.tokens.after), make, user, s.pooling)
-
-    def read_items(self, vectors: Tensor, batch: Batch, user: Tensor):
-        "The behaviour view: (Float[B, d], routes)."
-        s = self.settings
-        places = self.projector(vectors)
-
-        def make(rows):
-            at, offsets = window_index(batch.offsets[rows], batch.offsets[rows + 1])
-            index, mask = behaviour_input(offsets, self.places, s.order)
-            return {"inputs_embeds": places[at][index] * mask[..., None] if len(at) else places.new_zeros(*index.shape, places.shape[1])}, mask
-        newest = "last" if self.causal or s.order == "oldest" else "cls"
-        return self._through("behaviour", batch.length.clamp(1, self.places), make, user, newest if s.behaviour_pooling == "newest" else s.behaviour_pooling)
-
 # %% ../../nbs/dual_view/08_model.ipynb #c23
+class L2Rec(L2Rec):
+    @property
+    def by_prefix(self) -> bool: return self.settings.reading == "prefixes"
+
+    def user_signal(self, vectors: Tensor, # Float[S, D], of slots
+                    offsets: Tensor,       # Int[B+1], of slots
+                    real: Tensor,          # Bool[S]
+                    ) -> Tensor:
+        "u without gradient, Float[S, D] of each prefix or Float[B, D] of whole histories; zeros for an empty one."
+        unit = (normalize(vectors.detach().float(), dim=-1) * vectors.shape[1] ** .5).masked_fill_(~real[:, None], 0)
+        rectangle, there = padded(unit, offsets)
+        mean = rectangle.cumsum(1) / torch.arange(1, there.shape[1] + 1, device=unit.device)[:, None]
+        flat = mean[there]
+        return flat if self.by_prefix else flat[offsets[1:] - 1]
+
+    def _through(self, view: str, length: Tensor, make):
+        "(rows Int[K] ascending, pooled Float[K, d], routes): histories in pieces of like length; `make(histories)` gives a piece's inputs, what `view` takes, how to pool, and the rows that come out."
+        size = self.settings.chunk_tokens or ((1024 if view == "semantic" else 128) if length.device.type == "cpu" else 32_768)
+        rows, pooled, routes = [], [], []
+        for piece in length_chunks(length.cpu(), size):
+            inputs, given, pool, out = make(piece.to(length.device))
+            if self.settings.adapter == "dpmoe":
+                with self.backbone.view(view, **given) as route: hidden = self.backbone(**inputs).last_hidden_state
+                routes.append(route)
+            else: hidden = self.backbone(**inputs).last_hidden_state
+            rows.append(out)
+            pooled.append(pool(hidden))
+        at, back = torch.cat(rows).sort()
+        return at, torch.cat(pooled)[back], ViewRoutes.joined(routes, back) if routes else None
+
+    def _whole(self, inputs: dict, mask: Tensor, user: Tensor, pooling: str, rows: Tensor):
+        attended = mask | (torch.arange(mask.shape[1], device=mask.device) == 0)          # an empty row attends to its one place
+        return {**inputs, "attention_mask": attended.long()}, {"user": user[rows], "mask": attended}, lambda hidden: pool_view(hidden, mask, pooling, self.causal), rows
+
+    def _prefixes(self, inputs: dict, prefixes: Prefixes, user: Tensor, pooling: str, rows: Tensor):
+        dtype = next(p.dtype for p in self.backbone.parameters() if not p.requires_grad)
+        visible = prefixes.visible(self.causal)
+        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
+        pool = {"auto": prefixes.newest if self.causal else prefixes.own, "newest": prefixes.own, "mean": prefixes.mean, "last": prefixes.newest}[pooling]
+        return {**inputs, "attention_mask": mask}, {"user": user[rows], "prefixes": prefixes}, pool, rows
+
+    def read_text(self, slots: Tensor, offsets: Tensor, real: Tensor, user: Tensor):
+        "The semantic view: (rows Int[K], Float[K, d], routes); a row is a slot, or a history where it is read whole."
+        s, table = self.settings, self.tokens
+        told = table.length[slots].clamp(min=int(self.by_prefix)) * real
+        length = torch.cat([told.new_zeros(1), told.cumsum(0)])[offsets].diff().clamp(max=s.max_tokens)
+
+        def make(histories):
+            index, cut = window_index(offsets[histories], offsets[histories + 1])
+            if self.by_prefix:
+                ids, prefixes, kept = text_prefixes(slots[index], cut, real[index], table, s.max_tokens)
+                return self._prefixes({"input_ids": ids}, prefixes, user, s.pooling, index[kept])
+            some = real[index]
+            whole = torch.cat([some.new_zeros(1, dtype=torch.long), some.cumsum(0)])[cut]
+            ids, mask = semantic_input(slots[index][some], whole, table, s.max_tokens, s.order)
+            return self._whole({"input_ids": ids}, mask, user, s.pooling, histories)
+        return self._through("semantic", length + len(table.before), make)
+
+    def read_items(self, vectors: Tensor, offsets: Tensor, real: Tensor, user: Tensor):
+        "The behaviour view, likewise; vectors Float[S, D] of slots."
+        s = self.settings
+        places = dropout(self.projector(vectors), s.place_dropout, self.training) * real[:, None]
+
+        def make(histories):
+            at, cut = window_index(offsets[histories], offsets[histories + 1])
+            if self.by_prefix:
+                index, prefixes, kept = item_prefixes(cut, self.places)
+                return self._prefixes({"inputs_embeds": places[at][index] * prefixes.real[..., None]}, prefixes, user, s.behaviour_pooling, at[kept])
+            index, mask = behaviour_input(cut, self.places, s.order)
+            newest = "last" if self.causal or s.order == "oldest" else "cls"
+            inputs, mask = {"inputs_embeds": places[at][index] * mask[..., None]}, mask & real[at][index]
+            return self._whole(inputs, mask, user, newest if s.behaviour_pooling == "newest" else s.behaviour_pooling, histories)
+        return self._through("behaviour", offsets.diff().clamp(max=self.places), make)
+
+# %% ../../nbs/dual_view/08_model.ipynb #c24
 class L2Rec(L2Rec):
     def represent(self, batch: Batch,
                   vectors: Tensor | None = None, # Float[N, D] of the flat histories, where they are at hand
+                  every: bool = False,           # all prefixes of the histories (those that both views have room for), not the whole ones alone
                   ) -> dict:
-        "User vectors `h` Float[B, D], the views `semantic` and `behaviour` Float[B, d] or None, `gamma` Float[B, d], the signal `user` Float[B, D], `routes` by view."
+        """
+        User vectors `h` Float[K, D], the views `semantic` and `behaviour` Float[K, d] or None, `gamma` Float[K, d], the signal `user` Float[K, D], `routes` by view.
+
+        K = B, or with `every` the prefixes that end `at` Int[K], places in the flat history. ValueError for an empty batch, and for `every` where histories are read whole.
+        """
         if not len(batch): raise ValueError("an empty batch has nobody to represent")
+        if every and not self.by_prefix: raise ValueError("every=True: with reading='whole' a history has one vector; build the model with reading='prefixes'")
         if vectors is None: vectors = self.items.rows(batch.history)
-        user, out, routes = self.user_signal(vectors, batch), dict.fromkeys(VIEWS), {}
-        if "semantic" in self.settings.views: out["semantic"], routes["semantic"] = self.read_text(batch, user)
-        if "behaviour" in self.settings.views: out["behaviour"], routes["behaviour"] = self.read_items(vectors, batch, user)
+        slots, offsets, real = filled(batch.history, batch.offsets)
+        of_slots = vectors if len(vectors) == len(slots) else vectors.new_zeros(len(slots), vectors.shape[1]).index_copy(0, real.nonzero().flatten(), vectors)
+        user, read = self.user_signal(of_slots, offsets, real), {}
+        if "semantic" in self.settings.views: read["semantic"] = self.read_text(slots, offsets, real, user)
+        if "behaviour" in self.settings.views: read["behaviour"] = self.read_items(of_slots, offsets, real, user)
+        wanted = real.nonzero().flatten() if every else offsets[1:] - 1 if self.by_prefix else torch.arange(len(batch), device=offsets.device)
+        if every:
+            for rows, *_ in read.values(): wanted = wanted[torch.isin(wanted, rows)]
+        out, routes = dict.fromkeys(VIEWS), {}
+        for view, (rows, pooled, routed) in read.items():
+            place = torch.searchsorted(rows, wanted)
+            out[view] = pooled[place]
+            if routed is not None: routes[view] = ViewRoutes.joined([routed], place)
         h, gamma = self.fusion(*(x if x is None else x.to(self.fusion.norm.weight.dtype) for x in out.values()))
         h = self.readout(dropout(h, self.settings.dropout, self.training))
-        return {"h": h, **out, "gamma": gamma, "user": user, "routes": {view: route for view, route in routes.items() if route is not None}}
+        if self.aging is not None: h = h * self.items.width ** -.5 + self.aging(of_slots, offsets)[wanted if self.by_prefix else offsets[1:] - 1]
+        return {"h": h, **out, "gamma": gamma, "user": user[wanted], "routes": routes, **({"at": (real.cumsum(0) - 1)[wanted]} if every else {})}
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> Tensor:
@@ -287,7 +333,7 @@ class L2Rec(L2Rec):
         "Item vectors of length 1, Float[I, D]."
         return normalize(self.items.vectors().float(), dim=-1)
 
-# %% ../../nbs/dual_view/08_model.ipynb #c31
+# %% ../../nbs/dual_view/08_model.ipynb #c36
 def optimiser_groups(model: Retrieval,
                      lr: float,                # of what is trained inside a language model: adapters and routers
                      head_lr: float,           # of everything else
@@ -301,23 +347,25 @@ def optimiser_groups(model: Retrieval,
         groups.setdefault((inside, decays), []).append(p)
     return [{"params": params, "lr": lr if inside else head_lr, "weight_decay": weight_decay if decays else 0.} for (inside, decays), params in groups.items()]
 
-# %% ../../nbs/dual_view/08_model.ipynb #c33
+# %% ../../nbs/dual_view/08_model.ipynb #c37
 class L2Rec(L2Rec):
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         "Total of a batch of training windows, and its parts."
-        s, cut = self.settings, draw_cuts(batch, self.settings.cuts)
+        s, asked = self.settings, batch if self.by_prefix else draw_cuts(batch, self.settings.cuts)
         if s.targets == "catalogue":
             catalogue = self.items.vectors()
-            out = self.represent(cut, catalogue[cut.history])
-            retrieval = cosine_softmax(out["h"].float(), catalogue.float(), self.log_temperature, cut.following, self.trained)
+            out = self.represent(asked, catalogue[asked.history], self.by_prefix)
         else:
-            needed, at = torch.unique(torch.cat([cut.history, cut.following]), return_inverse=True)      # no other item is computed
+            needed, place = torch.unique(torch.cat([asked.history, asked.following]), return_inverse=True)      # no other item is computed
             vectors = self.items.rows(needed)
-            out = self.represent(cut, vectors[at[:len(cut.history)]])
-            retrieval = cosine_in_batch(out["h"].float(), vectors[at[len(cut.history):]].float(), self.log_temperature, cut.following)
+            out = self.represent(asked, vectors[place[:len(asked.history)]], self.by_prefix)
+        at = out.get("at", slice(None))
+        following, user = asked.following[at], asked.user[owner_of(asked.offsets, len(asked.history))[at]] if self.by_prefix else asked.user
+        if s.targets == "catalogue": retrieval = cosine_softmax(out["h"].float(), catalogue.float(), self.log_temperature, following, self.trained)
+        else: retrieval = cosine_in_batch(out["h"].float(), vectors[place[len(asked.history):][at]].float(), self.log_temperature, following)
         parts, total = {"contrastive": retrieval}, retrieval
         if len(s.views) == 2 and s.bpc_weight:
-            parts["bpc"] = bpc_loss(out["semantic"], out["behaviour"], s.bpc_temperature, cut.user)
+            parts["bpc"] = bpc_loss(out["semantic"], out["behaviour"], s.bpc_temperature, user)
             total = total + s.bpc_weight * parts["bpc"]
         if out["routes"] and s.balance_weight:
             parts["balance"] = torch.stack([route.balance() for route in out["routes"].values()]).mean()
@@ -326,7 +374,7 @@ class L2Rec(L2Rec):
 
     parameter_groups = optimiser_groups
 
-# %% ../../nbs/dual_view/08_model.ipynb #c37
+# %% ../../nbs/dual_view/08_model.ipynb #c41
 class DualViewModule(RetrievalModule):
     "A retrieval model in a training loop, with rates of its own for adapters and heads, a warm-up, and checkpoints without what is frozen."
 
@@ -364,7 +412,7 @@ class DualViewModule(RetrievalModule):
             raise ValueError(f"these weights belong to another model: {len(lacking)} are missing ({', '.join(sorted(lacking)[:2])}), {len(beyond)} are not of it ({', '.join(sorted(beyond)[:2])})")
         return super().load_state_dict(state_dict, False, assign)
 
-# %% ../../nbs/dual_view/08_model.ipynb #c46
+# %% ../../nbs/dual_view/08_model.ipynb #c50
 def save_l2rec(model: L2Rec, folder: str | Path # replaced if it is there
                ) -> Path:
     "Write adapter/, heads.safetensors and l2rec.json."

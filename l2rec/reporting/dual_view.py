@@ -51,7 +51,7 @@ PLANNED = (L2REC, 'lora', 'unisrec', 'learn', 'hllm', WITH_IDS, 'lora+ids', 'uni
 PARTS = {'no-shared': 'no shared experts', 'no-semantic-pool': 'no semantic pool', 'no-behaviour-pool': 'no behaviour pool', 'no-user': 'router without user', 'no-context': 'router without context',
          'no-interaction': 'router without interaction', 'dense': 'dense mixture', 'random': 'random routing', 'equal': 'fixed view split (no router)', 'mean-fusion': 'mean instead of ACF',
          'concat-fusion': 'concatenation instead of ACF', 'no-bpc': 'no BPC', 'no-balance': 'no balance loss', 'semantic-only': 'semantic view only', 'behaviour-only': 'behaviour view only',
-         'frozen': 'frozen backbone (heads only)'}
+         'frozen': 'frozen backbone (heads only)', 'no-residual': 'no aging mean', 'whole': 'histories read whole, one target each'}
 SIZES = {'experts': 'experts a view', 'rank': 'rank', 'top': 'experts chosen (Top-N)'}
 OWN_SIZE = {'experts': ('semantic', 6), 'rank': ('rank', 8), 'top': ('top_n', 2)}   # hyper-parameter and L2Rec's default
 
@@ -113,7 +113,7 @@ def ablations(runs: Runs) -> list[str]:
 # %% ../../nbs/reporting/05_dual_view.ipynb #c11
 EXAMPLE_GAIN = {L2REC: .95, 'lora': .75, 'unisrec': .5, 'learn': .3, 'hllm': .55, WITH_IDS: 1.05, 'lora+ids': .9, 'unisrec+ids': .65, 'sasrec': .55}
 EXAMPLE_LOSS = {'no-shared': .1, 'no-semantic-pool': .2, 'no-behaviour-pool': .15, 'no-user': .1, 'no-context': .05, 'no-interaction': .02, 'dense': .05, 'random': .3, 'equal': .2, 'mean-fusion': .1,
-                'concat-fusion': .05, 'no-bpc': .1, 'no-balance': .1, 'semantic-only': .5, 'behaviour-only': .6, 'frozen': .7, 'experts-2': .15, 'experts-12': .02, 'rank-4': .05, 'rank-16': 0.,
+                'concat-fusion': .05, 'no-bpc': .1, 'no-balance': .1, 'semantic-only': .5, 'behaviour-only': .6, 'frozen': .7, 'no-residual': .3, 'whole': .2, 'experts-2': .15, 'experts-12': .02, 'rank-4': .05, 'rank-16': 0.,
                 'top-1': .1, 'top-4': .02, 'fraction-10': .6, 'fraction-25': .35, 'fraction-50': .15}   # what a variant loses of its model's strength
 
 def example_values(
@@ -172,7 +172,7 @@ def example_dual_view_records(
         for model, seed in ((m, s) for core in EXAMPLE_GAIN for m in example_names(core) for s in range(seeds)):
             (base, variant), (metrics, per_user) = split_name(model), example_values(model, seed, world)
             trained = 60_000 + 1_000 * len(model)
-            metrics |= {'parameters/trained': trained, 'parameters/total': 1_200_000 + trained, 'time/train_seconds': 80. + 4 * len(model) + seed, 'time/epochs': 7., 'time/tokens_per_second': 9e3, 'memory/peak_mib': 700.}
+            metrics |= {'parameters/trained': trained, 'parameters/total': 1_200_000 + trained, 'time/train_seconds': 80. + 4 * len(model) + seed, 'time/epochs': 7., 'time/items_per_second': 9e2, 'memory/peak_mib': 700.}
             files = example_router(seed, per_user, 'no-balance' in variant) if model in (L2REC, WITH_IDS, f'{L2REC}+no-balance') else None
             epoch = np.arange(7 + seed)
             history = None if pieces(model)[2] else pl.DataFrame({'epoch': epoch, 'validation/ndcg@10': metrics['validation/ndcg@10'] * (1 - np.exp(-(1 + epoch) / 2)) - .002 * np.maximum(0, epoch - 4)})
@@ -749,7 +749,7 @@ def describe_fusion(gates: pl.DataFrame) -> str:
     return '\n'.join(lines)
 
 # %% ../../nbs/reporting/05_dual_view.ipynb #c65
-COST = {'parameters/trained': 'trained parameters', 'parameters/total': 'all parameters', 'time/train_seconds': 'training seconds', 'time/epochs': 'epochs', 'time/tokens_per_second': 'tokens a second', 'memory/peak_mib': 'peak MiB'}
+COST = {'parameters/trained': 'trained parameters', 'parameters/total': 'all parameters', 'time/train_seconds': 'training seconds', 'time/epochs': 'epochs', 'time/items_per_second': 'items a second', 'memory/peak_mib': 'peak MiB'}
 ELSEWHERE = {'parameters/trained': ('parameters_trained',), 'parameters/total': ('parameters_total',), 'memory/peak_mib': ('peak_device_memory_mb', 'peak_memory_mb')}   # in the provenance, the first that is there
 
 def cost_of(runs: Runs, dataset: str, model: str, metric: str) -> tuple[float, float | None, int] | None:
@@ -772,10 +772,10 @@ def cost_table(runs: Runs, name: str = 'dual-view-cost') -> Table:
         long += [(dataset, model, k, *v, None, None) for k, v in found.items() if v] + [(dataset, model, k, v, None, found['time/train_seconds'][2], None, None) for k, v in extra.items() if v is not None]
         def cell(k, digits=1): return '–' if not found[k] else f'{found[k][0]:,.0f}' if found[k][0] >= 100 or k.startswith('parameters') else number(found[k][0], digits)
         rows.append((dataset, class_of(model), name_of(model), str(found['time/train_seconds'][2]), cell('parameters/trained'), '–' if share is None else f'{share:.1f}', cell('time/train_seconds'),
-                     '–' if times is None else f'{times:.2f}', *(cell(k) for k in ('time/epochs', 'time/tokens_per_second', 'memory/peak_mib'))))
+                     '–' if times is None else f'{times:.2f}', *(cell(k) for k in ('time/epochs', 'time/items_per_second', 'memory/peak_mib'))))
     if not rows: raise ValueError(f'no run of {runs.experiment} has time/train_seconds')
-    heads = (('', 'dataset'), ('', 'class'), ('', 'model'), ('', 'seeds'), ('', 'trained parameters'), ('', 'of all, %'), ('', 'training seconds'), ('', 'times L2Rec'), ('', 'epochs'), ('', 'tokens a second'), ('', 'peak MiB'))
-    caption = ('Means over seeds. Of all: trained parameters over all numbers that the model holds, frozen backbone and frozen text vectors among them. Times L2Rec: training seconds over those of L2Rec of the class. '
+    heads = (('', 'dataset'), ('', 'class'), ('', 'model'), ('', 'seeds'), ('', 'trained parameters'), ('', 'of all, %'), ('', 'training seconds'), ('', 'times L2Rec'), ('', 'epochs'), ('', 'items a second'), ('', 'peak MiB'))
+    caption = ('Means over seeds. Of all: trained parameters over all parameters, those of the frozen backbone among them. Times L2Rec: training seconds over those of L2Rec of the class. Items a second: items of training histories that are read. '
                'Peak MiB: of the device, or of the process where it ran on the processor. Times are of whatever machine and load the runs met; the ratios of *expert-efficiency* are measured in turns.')
     return Table(name, pl.DataFrame(long, schema=LONG, orient='row'), heads, tuple(rows), caption)
 
