@@ -11,6 +11,7 @@ VENV    ?= .venv
 STAMP   ?= $(VENV)/.complete
 PY      := "$(VENV)/bin/python"
 PLAN    := $(PY) -m l2rec.training.plan
+WARM    := $(PY) -m l2rec.training.warm
 HOUSE   := $(PY) .ci/notebooks.py
 PIP     := -m pip install --quiet --disable-pip-version-check
 
@@ -49,10 +50,12 @@ bench-env: .venv-bench/.complete ## RecTools in .venv-bench, for the comparison 
 
 # --- results ----------------------------------------------------------------------------------------------------------
 # `plan make` looks what is stale and writes .make/<profile>.mk, one target a run; a second make carries it out. The `+` lets both happen
-# under `make -n` too, which then lists exactly the stale runs. -j N: each run gets (cores / N) threads.
+# under `make -n` too, which then lists exactly the stale runs. -j N: each run gets (cores / N) threads. Beside the second make stands a warm
+# interpreter, which has imported torch and its like once; every run is a fork of it (nbs/training/12_warm.ipynb).
 
 define carry_out
-+@if [ -x $(PY) ]; then $(PLAN) make --profile $(PROFILE) $(2) && $(MAKE) --no-print-directory -f .make/$(PROFILE).mk PLAN='$(PLAN)' $(1); \
++@if [ -x $(PY) ]; then $(PLAN) make --profile $(PROFILE) $(2) && \
+  exec $(WARM) serve $(MAKE) --no-print-directory -f .make/$(PROFILE).mk PLAN='$(WARM) start l2rec.training.plan' $(1); \
   else echo 'no environment in $(VENV) yet: what is stale can be told once it is made'; fi
 endef
 

@@ -252,6 +252,45 @@ def test_a_killed_run_goes_on_from_its_checkpoint(home):
     assert records(home)[KEYS[3]]['done'] >= 1
 
 
+def test_a_fork_makes_the_record_that_a_plain_start_makes(home):
+    """Under make every run is a fork of the warm interpreter; `plan run` by hand starts it plainly."""
+    experiments(home, value='0.03 * epochs')
+    notebook(home / 'nbs/experiments/search.ipynb', GIVEN + 'trials = 6', 'import os, sys\nimport numpy as np\nfrom l2rec.training.records import write_record\nprint(os.getcwd() in sys.path, np.eye(2))',
+             'import matplotlib.pyplot as plt\nplt.plot([1, 2]); plt.show()', 'write_record(record, {"m": np.arange(trials).sum()}, files={"chosen.json": dict(lr=0.1)})',
+             'import json; from pathlib import Path; _ = Path(f"forked-{os.getpid()}").write_text(str("serve" in sys.orig_argv))')
+    make(home, 'reproduce')
+    folder = home / 'results/demo/runs' / KEYS[0]
+    forked = {name: (folder / name).read_text() for name in ('metrics.json', 'notebook.ipynb')}
+    shutil.rmtree(folder)
+    subprocess.run([sys.executable, '-m', 'l2rec.training.plan', 'run', KEYS[0]], cwd=home, env=environment(home), check=True)
+    assert forked == {name: (folder / name).read_text() for name in forked} and 'image/png' in forked['notebook.ipynb']
+    assert sorted(path.read_text() for path in home.glob('forked-*')) == ['False', 'True']
+
+
+def processes_in(home):
+    """Processes that work in a folder."""
+    found = []
+    for process in Path('/proc').glob('[0-9]*'):
+        try: found += [process.name] * (os.readlink(process / 'cwd') == str(home))
+        except OSError: continue
+    return found
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_make_leaves_no_process(home, number):
+    """Ctrl-C reaches the whole group, `kill` and `kill -9` only make itself."""
+    experiments(home, value='0.07 * epochs')
+    child = subprocess.Popen(command('-j2', 'reproduce'), cwd=home, env=environment(home), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while not list((home / '.work/demo').glob('retrieval/**/step')) and time.time() < deadline: time.sleep(0.01)
+    os.killpg(child.pid, number) if number == signal.SIGINT else child.send_signal(number)
+    said = child.communicate(timeout=60)[1]
+    deadline = time.time() + 20
+    while processes_in(home) and time.time() < deadline: time.sleep(0.05)
+    assert child.returncode != 0 and not processes_in(home)
+    assert number != signal.SIGINT or 'stopped; the next make goes on from its checkpoint' in said
+
+
 def test_help_is_the_default_and_clean_keeps_results(home):
     assert 'reproduce' in make(home).stdout
     make(home, 'clean')

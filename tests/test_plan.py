@@ -211,7 +211,7 @@ def test_threads_are_shared_among_jobs(monkeypatch, flags, threads):
     monkeypatch.setattr(os, 'cpu_count', lambda: 8)
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
     monkeypatch.setenv('MAKEFLAGS', flags)
-    p.share_threads()
+    p.warm.share_threads()
     assert os.environ.pop('OMP_NUM_THREADS', None) == threads
 
 
