@@ -138,6 +138,24 @@ def test_no_vector_knows_what_comes_later_or_who_else_is_there(cls, ids, split, 
 
 
 @pytest.mark.parametrize("cls", CLASSES)
+def test_a_tower_may_correct_the_aging_mean(cls, split, items, folder):
+    plain, residual = (make(cls, split, items, folder, residual=on).eval() for on in (False, True))
+    assert {n for n, _ in residual.named_parameters()} - {n for n, _ in plain.named_parameters()} == {"tower.aging.keep"}
+    assert all(p.equal(dict(residual.named_parameters())[n]) for n, p in plain.named_parameters())
+    batch, units = Windows(split, max_length=10)[np.arange(8)], Targets(split, "test", 10)
+    vectors = torch.randn(len(batch.history), 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(): a, b = (model.tower(vectors, batch)[0] for model in (plain, residual))
+    keep, unit = residual.tower.aging.keep.sigmoid().item(), normalize(vectors, dim=1)
+    for start, end in zip(batch.offsets[:-1].tolist(), batch.offsets[1:].tolist()):
+        for n in range(start, end):
+            mean = sum(keep ** (n - m) * unit[m] for m in range(start, n + 1))
+            torch.testing.assert_close(b[n], a[n] / 8 ** .5 + mean / mean.norm(), rtol=1e-4, atol=1e-5)
+    for some in ([3], range(8)): torch.testing.assert_close(residual.encode(units[np.array(some)]).norm(dim=1), torch.ones(len(some)))
+    value = residual.loss(batch)[0]
+    assert value.isfinite() and torch.autograd.grad(value, residual.tower.aging.keep)[0].abs() > 0
+
+
+@pytest.mark.parametrize("cls", CLASSES)
 def test_other_targets_leave_the_user_where_it_is(cls, split, items, folder):
     "Items after the cut are exchanged in the data: models built from either split answer alike."
     flat = split.items.copy()

@@ -1,4 +1,4 @@
-"""ACF against its equations, one user and one element at a time, in float64."""
+"""ACF and the aging mean against their equations, one user and one element at a time, in float64."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from l2rec.dual_view.fusion import ACF
+from l2rec.dual_view.fusion import ACF, AgingMean
 
 VIEWS = ("semantic", "behaviour")
 
@@ -106,3 +106,59 @@ def test_what_is_refused():
     for views in ((), ("text",)):
         with pytest.raises(ValueError, match="one or both of semantic, behaviour"):
             ACF(4, views=views)
+
+
+# --- the aging mean -----------------------------------------------------------------------------------------------------------
+
+
+OFFSETS = [0, 4, 4, 5, 11, 11]
+
+
+def slow_mean(keep, vectors, offsets):
+    """One place at a time; vectors are lists."""
+    unit = lambda v: [x / math.sqrt(sum(y * y for y in v)) if any(v) else 0. for x in v]
+    out = []
+    for a, b in zip(offsets[:-1], offsets[1:]):
+        for n in range(a, b): out.append(unit([sum(keep ** (n - m) * unit(vectors[m])[j] for m in range(a, n + 1)) for j in range(len(vectors[n]))]))
+    return out
+
+
+@pytest.mark.parametrize("keep", [.7, .05, .99])
+def test_aging_mean_place_by_place(keep):
+    vectors = 3 * torch.randn(11, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    vectors[4] = 0                                                           # nothing known of a history
+    mean = AgingMean(keep).double()
+    assert torch.sigmoid(mean.keep).item() == pytest.approx(keep, rel=1e-6)
+    torch.testing.assert_close(mean(vectors, torch.tensor(OFFSETS)), torch.tensor(slow_mean(keep, vectors.tolist(), OFFSETS), dtype=torch.float64), rtol=1e-5, atol=1e-6)
+    assert mean(vectors[:0], torch.tensor([0, 0])).shape == (0, 4) and mean(vectors, torch.tensor(OFFSETS))[4].tolist() == [0] * 4
+
+
+def test_gradients_of_the_aging_mean():
+    mean, vectors = AgingMean().double(), torch.randn(11, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda v: mean(v, torch.tensor(OFFSETS)), [vectors])
+    slope, = torch.autograd.grad(mean(vectors, torch.tensor(OFFSETS)).sin().sum(), mean.keep)
+    value = lambda x: sum(math.sin(v) for row in slow_mean(1 / (1 + math.exp(-x)), vectors.tolist(), OFFSETS) for v in row)
+    x = mean.keep.item()
+    assert slope.item() == pytest.approx((value(x + 1e-5) - value(x - 1e-5)) / 2e-5, rel=1e-4)
+    for k in (2, 8):
+        touched, = torch.autograd.grad(mean(vectors, torch.tensor(OFFSETS))[k].sin().sum(), vectors)
+        assert [bool(row.abs().sum() > 0) for row in touched] == [{2: 0, 8: 5}[k] <= n <= k for n in range(11)]
+
+
+@pytest.mark.parametrize("keep, length", [(.1, 50), (.7, 400)])
+def test_long_histories_and_quick_aging_have_finite_gradients(keep, length):
+    mean, vectors = AgingMean(keep), torch.randn(length, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    mean(vectors, torch.tensor([0, length])).sin().sum().backward()
+    assert mean.keep.grad.isfinite() and mean.keep.grad != 0 and vectors.grad.isfinite().all()
+
+
+def test_later_items_do_not_age_earlier_means():
+    mean, vectors = AgingMean(), torch.randn(11, 4, generator=torch.Generator().manual_seed(0))
+    other = vectors.clone()
+    other[8:] += 5
+    assert mean(vectors, torch.tensor(OFFSETS))[:8].equal(mean(other, torch.tensor(OFFSETS))[:8])
+
+
+@pytest.mark.parametrize("keep", [0., 1., -.1])
+def test_shares_to_keep_out_of_range(keep):
+    with pytest.raises(ValueError, match=f"keep={keep}: above 0 and below 1"): AgingMean(keep)
