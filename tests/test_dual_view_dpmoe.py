@@ -6,6 +6,7 @@ import math
 import threading
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, MPNetConfig, MPNetModel, OPTConfig, OPTModel, Qwen3Config, Qwen3Model
 
 from l2rec.dual_view import dpmoe
-from l2rec.dual_view.dpmoe import VIEWS, DPMoEConfig, DPMoEModel, describe_backbone, find_places, trained_share
+from l2rec.dual_view.dpmoe import VIEWS, DPMoEConfig, DPMoEModel, Pass, Prefixes, describe_backbone, find_places, trained_share
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 SMALL = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, max_position_embeddings=32)
@@ -471,6 +472,286 @@ def test_bfloat16(kind, how):
     assert (hidden.float() - expected)[MASK].abs().mean() < 0.05 and routes.gates[0].dtype == torch.float32
     for n in found:
         assert found[n].isfinite().all() and torch.cosine_similarity(found[n].flatten().float(), wanted[n].flatten(), 0) > 0.9, n
+
+
+# -- every prefix of a sequence at once ------------------------------------------------------------------------------------
+
+def layout(seed, batch=4, longest=4, gaps=True):
+    """Random sequences of items of one to three tokens: (number [B, L], real [B, L], P, the prefix of each token as lists). A row may have no token, and then no prefix."""
+    rng = np.random.default_rng(seed)
+    rows, count = [], 0
+    for b in range(batch):
+        items = rng.integers(0 if gaps and b else 1, longest + 1)
+        rows.append([count + i for i in range(items) for _ in range(rng.integers(1, 4))])
+        count += items
+    number = torch.from_numpy(rng.integers(-9, 99, (batch, max(map(len, rows)) + 1)))           # anything where there is no token
+    for line, row in zip(number, rows): line[: len(row)] = torch.tensor(row, dtype=torch.long)
+    return number, torch.arange(number.shape[1]) < torch.tensor([[len(row)] for row in rows]), count, rows
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_prefixes_are_loops_over_tokens(seed, dtype):
+    number, real, count, rows = layout(seed)
+    prefixes, x = Prefixes(number, real, count), torch.randn(*number.shape, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    mean, own, newest = ([None] * count for _ in range(3))
+    for b, row in enumerate(rows):
+        for p in set(row):
+            within, alone = [t for t, q in enumerate(row) if q <= p], [t for t, q in enumerate(row) if q == p]
+            mean[p], own[p], newest[p] = (sum(x[b, t].double() for t in some) / len(some) for some in (within, alone, alone[-1:]))
+    assert len(prefixes) == count
+    for found, expected in ((prefixes.mean(x), mean), (prefixes.own(x), own), (prefixes.newest(x), newest), (Pass("semantic", None, None, prefixes).context(x), mean)):
+        assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(found.double(), torch.stack(expected), rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=1e-12 if dtype == torch.float64 else 1e-6)
+    table = torch.randn(count, 3)
+    spread = prefixes.spread(table)
+    assert spread.shape == (*number.shape, 3) and all(spread[b, t].equal(table[p]) for b, row in enumerate(rows) for t, p in enumerate(row)) and spread.isfinite().all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_a_token_sees_token_by_token(seed, causal):
+    number, real, count, rows = layout(seed)
+    visible = Prefixes(number, real, count).visible(causal)
+    B, L = number.shape
+    assert visible.shape == (B, 1, L, L) and visible.dtype == torch.bool
+    for b, row in enumerate(rows):
+        for t in range(L):
+            for s in range(L):
+                both = t < len(row) and s < len(row)
+                assert visible[b, 0, t, s] == (s == t or both and row[s] <= row[t] and (s <= t or not causal)), (b, t, s)
+
+
+def test_prefixes_have_gradients_and_take_any_strides():
+    number, real, count, rows = layout(1)
+    prefixes, x = Prefixes(number, real, count), torch.randn(*number.shape, 3, dtype=torch.float64).requires_grad_()
+    for f in (prefixes.mean, prefixes.own, prefixes.newest):
+        assert torch.autograd.gradcheck(f, [x])
+        torch.testing.assert_close(f(x.detach().transpose(0, 1).contiguous().transpose(0, 1)), f(x).detach())
+    assert torch.autograd.gradcheck(prefixes.spread, [torch.randn(count, 2, dtype=torch.float64).requires_grad_()])
+
+
+def test_no_prefix_at_all():
+    none = Prefixes(torch.zeros(0, 3, dtype=torch.long), torch.zeros(0, 3, dtype=torch.bool), 0)
+    assert len(none) == 0 and none.mean(torch.zeros(0, 3, 4)).shape == none.own(torch.zeros(0, 3, 4)).shape == none.newest(torch.zeros(0, 3, 4)).shape == (0, 4) and none.visible().shape == (0, 1, 3, 3)
+
+
+def test_prefixes_of_other_shapes():
+    number, real, count, _ = layout(0)
+    for a, b in ((number, real[:, 1:]), (number[0], real[0]), (number[..., None], real[..., None])):
+        with pytest.raises(ValueError, match=r"numbers of shape .* and real tokens of shape .*: both \[B, L\]"):
+            Prefixes(a, b, count)
+    B, L = number.shape
+    for x in (torch.zeros(B, L + 1, 3), torch.zeros(B + 1, L, 3), torch.zeros(L, 3)):
+        for f in (lambda p, x: p.mean(x), lambda p, x: p.own(x), lambda p, x: p.newest(x)):
+            with pytest.raises(ValueError, match=rf"prefixes of \[{B}, {L}\] tokens: the view's input has"):
+                f(Prefixes(number, real, count), x)
+
+
+def slow_prefixes(model, view, start, row, users):
+    """Blocks of a tiny BERT or Qwen3 over one sequence, token by token: (hidden Float[L, d] before a last norm, gates of each block by prefix). start: Float[L, d], row: prefix of each token, users: by prefix."""
+    tuner, net = model.base_model, model.base_model.model
+    config, d, L = tuner.peft_config["default"], start.shape[1], len(row)
+    bert = net.config.model_type == "bert"
+    rms = lambda norm, v: norm.weight * v / (v.square().mean() + norm.variance_epsilon).sqrt()
+    x, gates, prefixes = [v for v in start], [], sorted(set(row))
+    for k, block in enumerate(net.encoder.layer if bert else net.layers):
+        router, route = tuner.dpmoe_router["default"][view][k], {}
+        for p in prefixes:
+            within = [x[t] for t in range(L) if row[t] <= p]
+            c, u = sum(within) / len(within), users[p]
+            z = router.context.weight @ c + router.user.weight @ u + router.interaction.weight @ ((router.of_context.weight @ c) * (router.of_user.weight @ u))
+            best = z.argsort(descending=True)[: config.top_n].tolist()
+            total = sum(z[e].exp() for e in best)
+            route[p] = {e: z[e].exp() / total for e in best}
+        gates.append({p: [float(route[p][e].detach()) if e in route[p] else 0. for e in range(getattr(config, view))] for p in prefixes})
+
+        def through(layer, t, v):
+            """One token through a matrix: its own prefix's W + dW."""
+            if isinstance(layer, torch.nn.Linear): return layer(v)
+            A, B, r, base = layer.dpmoe_A["default"], layer.dpmoe_B["default"], config.r, layer.base_layer
+            y = base.weight @ v if base.bias is None else base.weight @ v + base.bias
+            for j in range(config.shared): y = y + config.alpha / r * B["shared"][:, j * r : j * r + r] @ (A["shared"][j * r : j * r + r] @ v)
+            for e, g in route[row[t]].items(): y = y + config.alpha / r * g * B[view][:, e * r : e * r + r] @ (A[view][e * r : e * r + r] @ v)
+            return y
+
+        def attended(q, key, value, size):
+            """Each token over what it sees; q[t] has heads of `size`, key and value as many or one for all."""
+            out = []
+            for t in range(L):
+                seen, heads = [s for s in range(L) if row[s] <= row[t] and (bert or s <= t)], []
+                for h in range(len(q[t]) // size):
+                    kv = h if len(key[t]) == len(q[t]) else 0
+                    score = torch.stack([q[t][h * size : h * size + size] @ key[s][kv * size : kv * size + size] / math.sqrt(size) for s in seen]).softmax(0)
+                    heads.append(sum(w * value[s][kv * size : kv * size + size] for w, s in zip(score, seen)))
+                out.append(torch.cat(heads))
+            return out
+
+        if bert:
+            own, finish, up, down = block.attention.self, block.attention.output, block.intermediate.dense, block.output
+            q, key, value = ([through(m, t, x[t]) for t in range(L)] for m in (own.query, own.key, own.value))
+            a = attended(q, key, value, d // 2)
+            x = [finish.LayerNorm(through(finish.dense, t, a[t]) + x[t]) for t in range(L)]
+            x = [down.LayerNorm(through(down.dense, t, torch.nn.functional.gelu(through(up, t, x[t]))) + x[t]) for t in range(L)]
+        else:
+            own, mlp, size = block.self_attn, block.mlp, block.self_attn.head_dim
+            normed = [rms(block.input_layernorm, v) for v in x]
+            angle = [t / net.config.rope_parameters["rope_theta"] ** (torch.arange(0, size, 2, dtype=x[0].dtype) / size) for t in range(L)]
+
+            def turned(v, norm, t):
+                pieces, cos, sin = [], angle[t].cos(), angle[t].sin()
+                for h in range(len(v) // size):
+                    one = rms(norm, v[h * size : h * size + size])
+                    left, right = one[: size // 2], one[size // 2 :]
+                    pieces += [left * cos - right * sin, right * cos + left * sin]
+                return torch.cat(pieces)
+            q, key = ([turned(through(m, t, normed[t]), norm, t) for t in range(L)] for m, norm in ((own.q_proj, own.q_norm), (own.k_proj, own.k_norm)))
+            a = attended(q, key, [through(own.v_proj, t, normed[t]) for t in range(L)], size)
+            x = [through(own.o_proj, t, a[t]) + x[t] for t in range(L)]
+            normed = [rms(block.post_attention_layernorm, v) for v in x]
+            x = [through(mlp.down_proj, t, torch.nn.functional.silu(through(mlp.gate_proj, t, normed[t])) * through(mlp.up_proj, t, normed[t])) + x[t] for t in range(L)]
+    return torch.stack(x) if bert else torch.stack([rms(net.norm, v) for v in x]), gates
+
+
+def beginning(model, ids=None, places=None):
+    """What the first block of a tiny BERT or Qwen3 reads, Float[L, d]."""
+    net = model.base_model.model
+    if net.config.model_type != "bert": return net.embed_tokens.weight[ids] if places is None else places
+    words = net.embeddings.word_embeddings.weight[ids] if places is None else places
+    return net.embeddings.LayerNorm(words + net.embeddings.position_embeddings.weight[: len(words)] + net.embeddings.token_type_embeddings.weight[0])
+
+
+def hidden_by_prefix(model, prefixes, ids, user, view="semantic", causal=False):
+    """(hidden [B, L, d], routes) with the mask of four dimensions that goes with the prefixes."""
+    visible = prefixes.visible(causal)
+    mask = torch.zeros(visible.shape, dtype=next(model.parameters()).dtype)
+    with model.view(view, user=user, prefixes=prefixes) as routes:
+        return model(input_ids=ids, attention_mask=mask.masked_fill_(~visible, torch.finfo(mask.dtype).min)).last_hidden_state, routes
+
+
+KINDS = pytest.mark.parametrize("kind, causal", [("bert", False), ("qwen3", True)])
+
+
+@KINDS
+@pytest.mark.parametrize("view, settings", [("semantic", dict(alpha=6)), ("behaviour", dict(ffn=True, shared=1, top_n=3))])
+def test_every_token_goes_through_the_route_of_its_own_prefix(kind, causal, view, settings):
+    number, real, count, rows = layout(7, batch=3)
+    model, draw = tuned(kind, **settings).double(), torch.Generator().manual_seed(2)
+    ids, user = torch.randint(1, 50, number.shape, generator=draw), torch.randn(count, 6, generator=draw, dtype=torch.float64)
+    direction = torch.randn(*number.shape, 32, generator=draw, dtype=torch.float64)
+    found, routes = hidden_by_prefix(model, Prefixes(number, real, count), ids, user, view, causal)
+    exact = 1e-10 if kind == "bert" else 1e-5                                   # Qwen3 takes its norms and angles in float32
+    expected = found.new_zeros(())
+    for b, row in enumerate(rows):
+        if not row: continue
+        slow, gates = slow_prefixes(model, view, beginning(model, ids[b, : len(row)]), row, user)
+        torch.testing.assert_close(found[b, : len(row)], slow, rtol=exact, atol=exact)
+        for k, own in enumerate(gates):
+            for p, g in own.items(): torch.testing.assert_close(routes.gates[k][p], torch.tensor(g, dtype=torch.float64), rtol=exact, atol=exact)
+        expected = expected + (slow * direction[b, : len(row)]).sum()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    ours = torch.autograd.grad((found * direction)[real].sum(), trained.values(), allow_unused=True)
+    for name, a, b in zip(trained, ours, torch.autograd.grad(expected, trained.values(), allow_unused=True)):
+        assert (a is None) == (b is None), name
+        if a is not None: assert b.abs().max() > 0 and (a - b).abs().max() <= 100 * exact * b.abs().max(), name
+
+
+@pytest.mark.parametrize("kind, causal", [("bert", False), ("qwen3", True), ("llama", True)])
+@pytest.mark.parametrize("settings", [dict(), dict(routing="dense"), dict(routing="equal"), dict(signals=["context"], user_width=None), dict(semantic=0), dict(layers=[1]), dict(ffn=True)], ids=str)
+def test_later_items_change_nothing_of_earlier_prefixes(kind, causal, settings):
+    number, real = torch.tensor([[0, 0, 1, 1, 1, 2, 2], [3, 4, 4, 5, 5, 0, 0]]), torch.tensor([[1] * 7, [1] * 5 + [0] * 2]).bool()
+    model, ids = tuned(kind, **settings), IDS[:2].clone()
+    user = None if "user_width" in settings else torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first, before = hidden_by_prefix(model, Prefixes(number, real, 6), ids, user, causal=causal)
+        other, changed = ids.clone(), None if user is None else user.clone()
+        other[0, 5:], other[1, 3:] = (other[0, 5:] + 7) % 50, 9
+        if user is not None: changed[[2, 5]] += 3
+        second, after = hidden_by_prefix(model, Prefixes(number, real, 6), other, changed, causal=causal)
+        assert torch.equal(first[0, :5], second[0, :5]) and torch.equal(first[1, :3], second[1, :3]) and not torch.allclose(first[0, 5:], second[0, 5:])
+        for a, b in zip(before.gates, after.gates): assert torch.equal(a[[0, 1, 3, 4]], b[[0, 1, 3, 4]])
+        alone, routes = hidden_by_prefix(model, Prefixes(number[:1, :5], real[:1, :5], 2), ids[:1, :5], None if user is None else user[:2], causal=causal)
+        assert torch.allclose(alone[0], first[0, :5], atol=1e-5) and all(torch.allclose(a, b[:2], atol=1e-5) for a, b in zip(routes.gates, before.gates))
+
+
+@KINDS
+@pytest.mark.parametrize("view, settings", [("semantic", dict()), ("behaviour", dict(routing="dense", ffn=True)), ("semantic", dict(semantic=0))])
+def test_one_prefix_a_sequence_is_the_sequence(kind, causal, view, settings):
+    model = tuned(kind, **settings).double()
+    user, prefixes = USERS.double(), Prefixes(torch.arange(3)[:, None].expand(3, 7), MASK, 3)
+    expected, whole = run(model, view)
+    found, routes = hidden_by_prefix(model, prefixes, IDS, user, view, causal)
+    torch.testing.assert_close(found[MASK], expected[MASK], rtol=1e-6, atol=1e-6)
+    for part in ("gates", "chosen", "probabilities"):
+        for a, b in zip(getattr(routes, part), getattr(whole, part)): torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(routes.balance(), whole.balance())
+    gradients = lambda hidden, shown: torch.autograd.grad(hidden[MASK].sin().sum() + shown.balance(), [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    for a, b in zip(gradients(found, routes), gradients(expected, whole)):
+        assert (a is None) == (b is None)
+        if a is not None: torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def step_by_prefix(model, kind):
+    """Hidden states Float[2, n, d] of all tokens and gradients, both views by prefixes."""
+    number, real, count, _ = layout(7, batch=3)
+    draw = torch.Generator().manual_seed(2)
+    ids, user = torch.randint(1, 50, number.shape, generator=draw), torch.randn(count, 6, generator=draw)
+    model.zero_grad()
+    loss, found = 0, []
+    for view in VIEWS:
+        prefixes = Prefixes(number, real, count)
+        hidden, routes = hidden_by_prefix(model, prefixes, ids, user, view, kind != "bert")
+        loss = loss + hidden[real].sin().sum() + prefixes.own(hidden).square().sum() + routes.balance()
+        found.append(hidden[real].detach().float())
+    loss.backward()
+    return torch.stack(found), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["bert", "qwen3"])
+@pytest.mark.parametrize("routing", ["learned", "random"])
+def test_checkpointing_changes_no_gradient_of_prefixes(kind, routing):
+    results = []
+    for again in (False, True):
+        model = tuned(kind, routing=routing, dropout=.3).train()
+        if again: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        torch.manual_seed(0)
+        results.append(step_by_prefix(model, kind))
+    (a, expected), (b, found) = results
+    torch.testing.assert_close(a, b)
+    assert expected.keys() == found.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    for n in found: torch.testing.assert_close(found[n], expected[n], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+@pytest.mark.parametrize("kind", ["bert", "qwen3"])
+def test_prefixes_in_bfloat16(kind, how):
+    exact = tuned(kind)
+    expected, wanted = step_by_prefix(exact, kind)
+    model = wake(get_peft_model(backbone(kind).bfloat16(), DPMoEConfig(r=4, user_width=6))) if how == "weights" else exact
+    if how == "weights": model.load_state_dict(exact.state_dict())
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"): hidden, found = step_by_prefix(model, kind)
+    assert (hidden - expected).abs().mean() < .05 and found.keys() == wanted.keys()
+    for n in found: assert found[n].isfinite().all() and torch.cosine_similarity(found[n].flatten().float(), wanted[n].flatten(), 0) > .9, n
+
+
+def test_prefixes_that_do_not_fit_the_view():
+    model, prefixes = tuned(), Prefixes(torch.arange(3)[:, None].expand(3, 7), MASK, 3)
+    with pytest.raises(ValueError, match="mask and prefixes: .* give one of the two"), model.view("semantic", USERS, MASK, prefixes): pass
+    for user in (USERS[:2], torch.cat([USERS, USERS])):
+        with pytest.raises(ValueError, match=rf"user of {len(user)} rows: the view's input has 3 prefixes"): hidden_by_prefix(model, prefixes, IDS, user)
+    with pytest.raises(ValueError, match="user=None"): hidden_by_prefix(model, prefixes, IDS, None)
+    with pytest.raises(ValueError, match=r"user of shape \(3, 4\)"): hidden_by_prefix(model, prefixes, IDS, USERS[:, :4])
+    with pytest.raises(ValueError, match=r"prefixes of \[3, 7\] tokens: the view's input has \[3, 5\]"), model.view("semantic", USERS, prefixes=prefixes): model(input_ids=IDS[:, :5])
+    with pytest.raises(RuntimeError, match="no view is open"): model(input_ids=IDS)
+
+
+def test_merged_and_disabled_backbones_take_the_mask_of_prefixes():
+    model, prefixes = tuned(), Prefixes(torch.tensor([[0, 0, 0, 0, 0, 0, 0]]), MASK[:1], 1)
+    with torch.no_grad():
+        hidden, routes = hidden_by_prefix(model, prefixes, IDS[:1], USERS[:1])
+        model.merge_user("semantic", [g[0] for g in routes.gates])
+        assert torch.allclose(model(input_ids=IDS[:1]).last_hidden_state, hidden, atol=1e-5)
+        with pytest.raises(RuntimeError, match="merged"): hidden_by_prefix(model, prefixes, IDS[:1], USERS[:1])
 
 
 # -- where experts go --------------------------------------------------------------------------------------------------

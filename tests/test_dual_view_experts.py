@@ -209,6 +209,133 @@ def test_columns():
     assert chosen_columns(gate, LONG, 4) is None and chosen_columns(gate, LONG, 2).tolist() == [[1, 2], [0, 2]]
 
 
+# --- a gate for every token -------------------------------------------------------------------------------------------------
+
+
+def token_operands(batch=3, tokens=7, number=5, rank=2, sparse=False, seed=0, **sizes):
+    "As `operands`, with gates Float[B, n, E]."
+    given, draw = operands(batch=batch, tokens=tokens, number=number, rank=rank, seed=seed, **sizes), torch.Generator().manual_seed(seed + 100)
+    gate = torch.rand(batch, tokens, number, generator=draw, dtype=torch.float64) + .1
+    if sparse: gate = gate * (torch.rand(batch, tokens, number, generator=draw) < .4)
+    return {**given, "gate": gate.to(given["x"].dtype)}
+
+
+def token_by_token(v, scale=1.5):
+    "Every token as a row of its own through `expert_loop`: [B, n, d_out], with gradient."
+    given = lambda b, n: {**v, "x": v["x"][b, n][None], "gate": v["gate"][b, n][None]}
+    return torch.stack([torch.stack([expert_loop(**given(b, n), scale=scale)[0] for n in range(v["x"].shape[1])]) for b in range(len(v["x"]))])
+
+
+def token_product(v, scale=1.5, **more): return expert_product(**{**v, "gate": wide_gate(v["gate"], len(v["down"]) // v["gate"].shape[-1])}, scale=scale, **more)
+
+
+@pytest.mark.parametrize("tokens, sparse", [(7, False), (7, True), (LONG, True)])
+def test_gates_of_tokens_are_the_loop_token_by_token(tokens, sparse):
+    given = token_operands(tokens=tokens, sparse=sparse)
+    x, weight, bias, down, up, gate = (given[name].numpy() for name in ("x", "weight", "bias", "down", "up", "gate"))
+    expected = np.stack([[weight @ x[b, n] + bias + 1.5 * sum(gate[b, n, e] * up[:, 2 * e:2 * e + 2] @ (down[2 * e:2 * e + 2] @ x[b, n]) for e in range(5)) for n in range(tokens)] for b in range(3)])
+    torch.testing.assert_close(token_product(given), torch.from_numpy(expected), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(token_by_token(given), torch.from_numpy(expected), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("tokens, sparse", [(7, False), (7, True), (LONG, True)])
+def test_gradients_with_gates_of_tokens_are_those_of_the_loop(tokens, sparse):
+    given = token_operands(tokens=tokens, sparse=sparse)
+    direction = torch.randn(3, tokens, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ours, theirs = gradients(token_product, given, direction), gradients(token_by_token, given, direction)
+    theirs["gate"] = theirs["gate"] * (given["gate"] != 0)
+    for name in ours: torch.testing.assert_close(ours[name], theirs[name], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dropout", [0., .4])
+def test_gradcheck_with_gates_of_tokens(dropout):
+    given = token_operands(batch=2, tokens=3, d_in=4, d_out=3, number=2)
+    leaves = [given[name].requires_grad_() for name in ("x", "down", "up", "gate")]
+
+    def f(x, down, up, gate):
+        torch.manual_seed(3)
+        return token_product(dict(x=x, weight=given["weight"], bias=given["bias"], down=down, up=up, gate=gate), dropout=dropout, training=True)
+    assert torch.autograd.gradcheck(f, leaves)
+
+
+def test_dropout_hides_the_same_elements_with_gates_of_tokens():
+    given = token_operands()
+    for same in (given, {**given, "gate": given["gate"][:, :1].expand(-1, 7, -1)}):
+        torch.manual_seed(3)
+        y = token_product(same, dropout=.4, training=True)
+        torch.manual_seed(3)
+        kept = experts.drop_out(torch.ones_like(given["x"]), .4)
+        heard = token_by_token({**same, "x": given["x"] * kept, "weight": torch.zeros_like(given["weight"]), "bias": None})
+        torch.testing.assert_close(y, given["x"] @ given["weight"].T + given["bias"] + heard, rtol=1e-12, atol=1e-12)
+    assert not y.equal(token_product(same)) and token_product(same, dropout=.4).equal(token_product(same))
+
+
+@pytest.mark.parametrize("tokens, sparse", [(7, False), (LONG, False), (LONG, True)])
+def test_gates_of_sequences_repeated_over_tokens_are_gates_of_tokens(tokens, sparse):
+    given = operands(tokens=tokens, sparse=sparse)
+    repeated = lambda v: token_product({**v, "gate": v["gate"][:, None].expand(-1, tokens, -1)})
+    torch.testing.assert_close(repeated(given), product(given), rtol=1e-12, atol=1e-12)
+    direction = torch.randn(3, tokens, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ours, theirs = gradients(repeated, given, direction), gradients(product, given, direction)
+    for name in ours: torch.testing.assert_close(ours[name], theirs[name], rtol=1e-11, atol=1e-11)
+
+
+def test_gates_of_tokens_take_all_columns():
+    gate = token_operands(tokens=LONG, sparse=True)["gate"]
+    assert chosen_columns(wide_gate(gate, 2), LONG, None) is None and chosen_columns(wide_gate(gate, 2), LONG, 4) is None
+    given = token_operands(tokens=LONG, sparse=True)
+    assert token_product(given, active=4).equal(token_product(given))
+
+
+@pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16])
+def test_bfloat16_with_gates_of_tokens(factors):
+    given = token_operands(tokens=20, d_in=64, d_out=48, sparse=True)
+    low = {name: v.to(factors if name in ("down", "up") else torch.float32 if name == "gate" else torch.bfloat16) for name, v in given.items()}
+    exact, direction = {name: v.double() for name, v in low.items()}, torch.randn(3, 20, 48, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(1))
+    y, expected = token_product(low), token_by_token(exact)
+    assert y.dtype == torch.bfloat16 and (y.double() - expected).abs().max() < .02 * expected.abs().max()
+    ours, theirs = gradients(token_product, low, direction), gradients(token_by_token, exact, direction.double())
+    theirs["gate"] = theirs["gate"] * (given["gate"] != 0)
+    for name in ours:
+        assert ours[name].dtype == low[name].dtype
+        assert (ours[name].double() - theirs[name]).abs().max() < .03 * theirs[name].abs().max(), name
+
+
+def test_autocast_with_gates_of_tokens():
+    given = token_operands(tokens=20, dtype=torch.float32, sparse=True)
+    leaves = {name: given[name].clone().requires_grad_() for name in ("x", "down", "up", "gate")}
+    with torch.autocast("cpu", torch.bfloat16): y = token_product({**given, **leaves})
+    y.float().sum().backward()
+    expected = gradients(token_by_token, {n: v.double() for n, v in given.items()}, torch.ones(3, 20, 6, dtype=torch.float64))
+    expected["gate"] = expected["gate"] * (given["gate"] != 0)
+    assert y.dtype == torch.bfloat16
+    for name, leaf in leaves.items():
+        assert leaf.grad.dtype == torch.float32
+        assert (leaf.grad.double() - expected[name]).abs().max() < .03 * expected[name].abs().max(), name
+
+
+def test_shapes_with_gates_of_tokens():
+    given = token_operands()
+    grid = {**given, "x": torch.stack([given["x"], given["x"]], 1), "gate": torch.stack([given["gate"], given["gate"].flip(1)], 1)}
+    torch.testing.assert_close(token_product(grid)[:, 0], token_product(given))                                  # four dimensions
+    torch.testing.assert_close(token_product(grid)[:, 1], token_product({**given, "gate": given["gate"].flip(1)}))
+    strided = {name: v.transpose(0, 1).contiguous().transpose(0, 1) if name in ("x", "gate") else v for name, v in given.items()}
+    torch.testing.assert_close(token_product(strided), token_product(given))                                    # not contiguous
+    again = lambda v: checkpoint(lambda x, down, up, gate: token_product({**v, "x": x, "down": down, "up": up, "gate": gate}), v["x"], v["down"], v["up"], v["gate"], use_reentrant=False)
+    direction = torch.ones(3, 6, dtype=torch.float64)[:, None].expand(3, 7, 6)
+    torch.testing.assert_close(gradients(again, given, direction), gradients(token_product, given, direction))
+    for batch, tokens in ((0, 7), (2, 0)):
+        empty = {**given, "x": given["x"].new_zeros(batch, tokens, 10), "gate": given["gate"].new_ones(batch, tokens, 5)}
+        found = gradients(token_product, empty, torch.zeros(batch, tokens, 6, dtype=torch.float64))
+        assert (found["down"] == 0).all() and found["gate"].shape == (batch, tokens, 5)
+
+
+@pytest.mark.parametrize("shape, message", [((3, 6, 10), r"gate is \[3, 6, 10\], not \[3, 7, 10\]"), ((3, 7, 5), r"gate is \[3, 7, 5\], not \[3, 7, 10\]"), ((3, 1, 10), r"gate is \[3, 1, 10\]"), ((2, 7, 10), r"gate is \[2, 7, 10\]"),
+                                            ((3, 7, 1, 10), r"gate is \[3, 7, 1, 10\]"), ((10,), r"gate is \[10\]")])
+def test_bad_gates_of_tokens(shape, message):
+    with pytest.raises(ValueError, match=message): expert_product(**{**operands(dtype=torch.float32), "gate": torch.zeros(shape)})
+
+
 @pytest.mark.parametrize("wrong, message", [
     (dict(x=torch.zeros(3, 7, 9)), r"x is \[3, 7, 9\], not \[3, 7, 10\]"), (dict(down=torch.zeros(10, 9)), r"down is \[10, 9\]"), (dict(up=torch.zeros(6, 9)), r"up is \[6, 9\], not \[6, 10\]"),
     (dict(gate=torch.zeros(3, 5)), r"gate is \[3, 5\], not \[3, 10\]"), (dict(gate=torch.zeros(2, 10)), r"gate is \[2, 10\]"), (dict(bias=torch.zeros(5)), r"bias is \[5\], not \[6\]"),

@@ -1,5 +1,7 @@
 """L2Rec whole: one user at a time in float64, what may not leak, every switch, training that stops and goes on, models that are kept."""
 
+import copy
+import functools
 import json
 import math
 
@@ -46,6 +48,17 @@ def folders(tmp_path_factory):
     return {kind: encoder(tmp_path_factory.mktemp(kind), kind) for kind in ("bert", "qwen3")}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def each_backbone_is_read_once():
+    """Copies of a backbone in place of reading its folder for every model."""
+    from l2rec.dual_view import model
+
+    read = functools.lru_cache(None)(model.load_backbone)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "load_backbone", lambda *given, **named: (copy.deepcopy(read(*given, **named)[0]), read(*given, **named)[1]))
+        yield
+
+
 def texts_of(split, width=12, seed=0, without=(3,)):
     rng = np.random.default_rng(seed)
     texts = ["" if i in without else " ".join(rng.choice(WORDS, rng.integers(1, 6))) for i in range(split.n_items)]
@@ -59,7 +72,8 @@ def split():
     return leave_last_out(ring(40, 15, 8))
 
 
-SMALL = dict(rank=2, alpha=4., shared=1, semantic=3, behaviour=4, max_tokens=20, item_tokens=4, max_length=7, width=None, head_hidden=None, dropout=0., text_dropout=0.)
+SMALL = dict(rank=2, alpha=4., shared=1, semantic=3, behaviour=4, max_tokens=20, item_tokens=4, max_length=7, width=None, head_hidden=None, dropout=0., place_dropout=0., text_dropout=0.)
+readings = pytest.mark.parametrize("reading", ["prefixes", "whole"])
 
 
 def make(split, folder, kind="bert", shaken=True, items=None, **settings):
@@ -114,8 +128,15 @@ def test_cuts_are_uniform():
 # --- the whole pass, one user at a time ---------------------------------------------------------------------------------------
 
 
+def aging_mean(model, vectors, history):
+    """The mean of item vectors of length 1 that count less the older they are, itself of length 1; nothing of nothing."""
+    keep, total = torch.sigmoid(model.aging.keep), vectors.new_zeros(vectors.shape[1])
+    for age, i in enumerate(reversed(history)): total = total + keep.to(vectors.dtype) ** age * vectors[i] / vectors[i].norm()
+    return total / total.norm() if history else total
+
+
 def slow_pass(model, items, history):
-    """(h, semantic, behaviour, gates of both views) of one user, without batch, chunk or padding."""
+    """(h, semantic, behaviour, gates of both views) of one user who is read whole, without batch, chunk or padding."""
     s = model.settings
     vectors = model.items.vectors()
     D = vectors.shape[1]
@@ -141,14 +162,15 @@ def slow_pass(model, items, history):
             out.append(pool(hidden) if view == "semantic" else hidden[0, newest])
         gates.append([g[0] for g in routes.gates])
     h, _ = model.fusion(*(x[None].to(vectors.dtype) for x in out))
-    return model.readout(h)[0], *out, gates
+    h = model.readout(h)[0]
+    return h / math.sqrt(D) + aging_mean(model, vectors, history) if s.residual else h, *out, gates
 
 
 @pytest.mark.parametrize("kind", ["bert", "qwen3"])
-@pytest.mark.parametrize("how", [{}, dict(order="newest"), dict(max_length=3, max_tokens=9), dict(chunk_tokens=8), dict(chunk_tokens=10**6), dict(width=10, ids=True)], ids=str)
+@pytest.mark.parametrize("how", [{}, dict(order="newest"), dict(max_length=3, max_tokens=9), dict(chunk_tokens=8), dict(chunk_tokens=10**6), dict(width=10, ids=True), dict(residual=False)], ids=str)
 def test_the_pass_is_that_of_one_user_at_a_time(split, folders, kind, how):
     items = texts_of(split)
-    model, histories = make(split, folders, kind, items=items, **how).double().eval(), random_histories(shortest=1)
+    model, histories = make(split, folders, kind, items=items, reading="whole", **how).double().eval(), random_histories(shortest=1)
     histories = [h for h in histories if any(items.texts[i] for i in h[-2:])]
     with torch.no_grad():
         out = model.represent(batch_of(histories))
@@ -161,16 +183,18 @@ def test_the_pass_is_that_of_one_user_at_a_time(split, folders, kind, how):
                     torch.testing.assert_close(out["routes"][view].gates[block][u], g.to(out["routes"][view].gates[block].dtype), rtol=1e-4, atol=1e-5)
 
 
-def test_encode_and_catalogue_have_length_one(split, folders):
-    model, batch = make(split, folders).eval(), batch_of(random_histories())
+@readings
+def test_encode_and_catalogue_have_length_one(split, folders, reading):
+    model, batch = make(split, folders, reading=reading).eval(), batch_of(random_histories())
     users, items = model.encode(batch), model.catalogue()
     torch.testing.assert_close(users.norm(dim=1), torch.ones(9))
     torch.testing.assert_close(items.norm(dim=1), torch.ones(split.n_items))
     assert not users.requires_grad and model.scores(batch).shape == (9, split.n_items)
 
 
-def test_alone_as_in_company(split, folders):
-    model, histories = make(split, folders).eval(), random_histories(12, seed=2)
+@readings
+def test_alone_as_in_company(split, folders, reading):
+    model, histories = make(split, folders, reading=reading).eval(), random_histories(12, seed=2)
     together = model.encode(batch_of(histories))
     torch.testing.assert_close(torch.cat([model.encode(batch_of([h])) for h in histories]), together, rtol=1e-4, atol=1e-5)
     order = np.random.default_rng(0).permutation(12)
@@ -180,9 +204,10 @@ def test_alone_as_in_company(split, folders):
 # --- leaks ------------------------------------------------------------------------------------------------------------------
 
 
+@readings
 @pytest.mark.parametrize("kind", ["bert", "qwen3"])
-def test_targets_and_later_items_change_nothing(split, folders, kind):
-    model = make(split, folders, kind).eval()
+def test_targets_and_later_items_change_nothing(split, folders, kind, reading):
+    model = make(split, folders, kind, reading=reading).eval()
     targets = Targets(split, "test", 7)
     batch = targets[np.arange(10)]
     other = Batch(batch.user, batch.history, batch.offsets, batch.length, target=(batch.target + 3) % 15, target_row=batch.target_row, following=batch.history.flip(0))
@@ -194,7 +219,7 @@ def test_targets_and_later_items_change_nothing(split, folders, kind):
 
 
 def test_the_rest_of_a_training_window_changes_nothing(split, folders):
-    model = make(split, folders).eval()
+    model = make(split, folders, reading="whole").eval()
     histories = random_histories(12, 7, shortest=3)
     cut = lambda hs: (torch.manual_seed(4), draw_cuts(batch_of(hs, [h[1:] + [0] for h in hs]), 1))[1]
     length = cut(histories).length.tolist()
@@ -205,8 +230,9 @@ def test_the_rest_of_a_training_window_changes_nothing(split, folders):
     assert all(a.equal(b) for view in VIEWS for a, b in zip(first["routes"][view].gates, second["routes"][view].gates))
 
 
-def test_an_item_of_the_history_does_change_something(split, folders):
-    model = make(split, folders).eval()
+@readings
+def test_an_item_of_the_history_does_change_something(split, folders, reading):
+    model = make(split, folders, reading=reading).eval()
     first, second = model.represent(batch_of([[1, 2, 4]])), model.represent(batch_of([[1, 5, 4]]))
     assert not torch.allclose(first["h"], second["h"]) and not torch.allclose(first["routes"]["behaviour"].probabilities[0], second["routes"]["behaviour"].probabilities[0])
 
@@ -235,9 +261,10 @@ def slow_loss(model, batch):
     return total / len(users), (np.mean(balance[:half]) + np.mean(balance[half:])) / 2
 
 
+@readings
 @pytest.mark.parametrize("targets", ["catalogue", "batch"])
-def test_loss_is_its_parts(split, folders, targets):
-    model = make(split, folders, targets=targets)
+def test_loss_is_its_parts(split, folders, targets, reading):
+    model = make(split, folders, targets=targets, reading=reading)
     model.trained[[11, 12]] = False                                           # as if training never met them: no negatives
     batch = batch_of([[i] for i in (1, 2, 5, 7, 2, 9)], [[i] for i in (4, 4, 6, 1, 8, 0)])
     value, parts = model.loss(batch)
@@ -246,13 +273,14 @@ def test_loss_is_its_parts(split, folders, targets):
     assert value.item() == pytest.approx(contrastive + .1 * parts["bpc"].item() + .01 * balance, rel=1e-4) and parts["total"].item() == value.item()
 
 
-def test_the_same_target_everywhere(split, folders):
-    model = make(split, folders, targets="batch", bpc_weight=0., balance_weight=0.)
+@readings
+def test_the_same_target_everywhere(split, folders, reading):
+    model = make(split, folders, targets="batch", bpc_weight=0., balance_weight=0., reading=reading)
     value, parts = model.loss(batch_of([[1], [2], [5]], [[4], [4], [4]]))
     value.backward()
     assert value.item() == 0 and list(parts) == ["contrastive", "total"]
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters())
-    assert make(split, folders).loss(batch_of([[1], [2]], [[4], [4]]))[0].isfinite()
+    assert make(split, folders, reading=reading).loss(batch_of([[1], [2]], [[4], [4]]))[0].isfinite()
 
 
 def test_a_catalogue_of_one_item(folders):
@@ -261,9 +289,10 @@ def test_a_catalogue_of_one_item(folders):
     assert model.loss(Windows(one, 7)[np.arange(2)])[1]["contrastive"].abs() < 1e-5 and model.scores(batch_of([[0]])).shape == (1, 1)
 
 
+@readings
 @pytest.mark.parametrize("kind", ["bert", "qwen3"])
-def test_what_is_trained_gets_a_gradient_and_what_is_frozen_none(split, folders, kind):
-    model = make(split, folders, kind, ids=True, width=10, routing="dense")
+def test_what_is_trained_gets_a_gradient_and_what_is_frozen_none(split, folders, kind, reading):
+    model = make(split, folders, kind, ids=True, width=10, routing="dense", reading=reading)
     model.loss(Windows(split, 7)[np.arange(30)])[0].backward()
     for name, p in model.named_parameters():
         inside = name.startswith("backbone.") and "dpmoe" not in name
@@ -275,12 +304,23 @@ def test_what_is_trained_gets_a_gradient_and_what_is_frozen_none(split, folders,
 def test_the_user_signal_does_not_train_the_items(split, folders):
     model = make(split, folders)
     batch = batch_of([[1, 2], [4]])
-    assert not model.user_signal(model.items.rows(batch.history), batch).requires_grad
+    assert not model.user_signal(model.items.rows(batch.history), batch.offsets, torch.ones(3, dtype=torch.bool)).requires_grad
 
 
+@readings
+def test_the_user_signal_is_a_mean_of_directions(split, folders, reading):
+    model, draw = make(split, folders, reading=reading), torch.Generator().manual_seed(0)
+    vectors, real = torch.randn(6, 12, generator=draw), torch.tensor([1, 1, 1, 0, 1, 1], dtype=torch.bool)
+    vectors[3] = 0                                                           # of an empty history
+    got, unit = model.user_signal(vectors, torch.tensor([0, 3, 4, 6]), real), [math.sqrt(12) * v / v.norm() for v in vectors]
+    expected = [unit[0], (unit[0] + unit[1]) / 2, (unit[0] + unit[1] + unit[2]) / 3, vectors[3], unit[4], (unit[4] + unit[5]) / 2]
+    torch.testing.assert_close(got, torch.stack(expected if reading == "prefixes" else [expected[2], expected[3], expected[5]]))
+
+
+@readings
 @pytest.mark.parametrize("routing", ["dense", "random", "equal"])
-def test_other_routings_have_no_balance_to_lose(split, folders, routing):
-    value, parts = make(split, folders, routing=routing).loss(Windows(split, 7)[np.arange(10)])
+def test_other_routings_have_no_balance_to_lose(split, folders, routing, reading):
+    value, parts = make(split, folders, routing=routing, reading=reading).loss(Windows(split, 7)[np.arange(10)])
     assert value.isfinite() and parts["balance"] == 0
 
 
@@ -290,11 +330,12 @@ def test_balance_is_over_the_batch_not_the_pieces():
     assert ViewRoutes.joined([piece(0), piece(1)], torch.tensor([1, 0])).balance() == pytest.approx(1.) and piece(0).balance() == pytest.approx(1.8)
 
 
+@readings
 @pytest.mark.parametrize("adapter", ["dpmoe", "lora"])
-def test_checkpointing_changes_memory_not_results(split, folders, adapter):
+def test_checkpointing_changes_memory_not_results(split, folders, adapter, reading):
     results = []
     for checkpointing in (False, True):
-        model = make(split, folders, adapter=adapter, checkpointing=checkpointing)
+        model = make(split, folders, adapter=adapter, checkpointing=checkpointing, reading=reading)
         torch.manual_seed(0)
         value, _ = model.loss(Windows(split, 7)[np.arange(12)])
         value.backward()
@@ -302,8 +343,9 @@ def test_checkpointing_changes_memory_not_results(split, folders, adapter):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
-def test_bfloat16_autocast(split, folders):
-    model, units = make(split, folders), Windows(split, 7)
+@readings
+def test_bfloat16_autocast(split, folders, reading):
+    model, units = make(split, folders, reading=reading), Windows(split, 7)
     torch.manual_seed(0)
     exact = model.loss(units[np.arange(12)])[0]
     torch.manual_seed(0)
@@ -318,7 +360,10 @@ def test_bfloat16_autocast(split, folders):
 
 @pytest.mark.parametrize("how", [dict(adapter="lora"), dict(adapter="none"), dict(shared=0), dict(semantic=0), dict(behaviour=0), dict(signals=("context",)), dict(signals=("user",)), dict(fusion="mean"),
                                  dict(fusion="concat"), dict(views=("semantic",)), dict(views=("behaviour",)), dict(ids=True), dict(ffn=True), dict(layers=[1]), dict(top_n=3), dict(dropout=.2, text_dropout=.2, adapter_dropout=.2),
-                                 dict(head_hidden=8), dict(pooling="cls", behaviour_pooling="last"), dict(attention="sdpa"), dict(cuts=3), dict(blocks=1), dict(bpc_weight=0., balance_weight=0.)], ids=str)
+                                 dict(place_dropout=.5), dict(residual=False), dict(head_hidden=8), dict(pooling="mean", behaviour_pooling="last"), dict(pooling="last", behaviour_pooling="mean"), dict(attention="sdpa"), dict(blocks=1),
+                                 dict(bpc_weight=0., balance_weight=0.), dict(targets="batch"), dict(width=10), dict(reading="whole", adapter="lora"), dict(reading="whole", semantic=0), dict(reading="whole", views=("semantic",)),
+                                 dict(reading="whole", views=("behaviour",)), dict(reading="whole", pooling="cls", behaviour_pooling="last"), dict(reading="whole", order="newest"), dict(reading="whole", cuts=3),
+                                 dict(reading="whole", targets="batch"), dict(pooling="newest", behaviour_pooling="auto")], ids=str)
 def test_every_switch_trains_and_ranks(split, folders, how):
     model = make(split, folders, shaken=False, **how)
     value, parts = model.loss(Windows(split, 7)[np.arange(10)])
@@ -345,14 +390,16 @@ def test_a_view_that_is_not_used_has_no_parameters(split, folders):
     assert make(split, folders, shaken=False, views=("behaviour",)).tokens is None
 
 
-def test_before_training_the_backbone_is_the_frozen_one(split, folders):
+@readings
+def test_before_training_the_backbone_is_the_frozen_one(split, folders, reading):
     batch = batch_of(random_histories())
-    first, second = (make(split, folders, shaken=False, adapter=adapter).eval().represent(batch) for adapter in ("dpmoe", "none"))
+    first, second = (make(split, folders, shaken=False, adapter=adapter, reading=reading).eval().represent(batch) for adapter in ("dpmoe", "none"))
     torch.testing.assert_close(first["semantic"], second["semantic"])
 
 
-def test_dropout_only_in_training(split, folders):
-    model, batch = make(split, folders, adapter_dropout=.5), batch_of(random_histories())
+@readings
+def test_dropout_only_in_training(split, folders, reading):
+    model, batch = make(split, folders, adapter_dropout=.5, reading=reading), batch_of(random_histories())
     assert not model.represent(batch)["h"].equal(model.represent(batch)["h"])
     model.eval()
     assert model.represent(batch)["h"].equal(model.represent(batch)["h"])
@@ -361,9 +408,10 @@ def test_dropout_only_in_training(split, folders):
 # --- people and items at the ends -------------------------------------------------------------------------------------------
 
 
+@readings
 @pytest.mark.parametrize("kind", ["bert", "qwen3"])
-def test_an_empty_history_has_one_defined_vector(split, folders, kind):
-    model = make(split, folders, kind).eval()
+def test_an_empty_history_has_one_defined_vector(split, folders, kind, reading):
+    model = make(split, folders, kind, reading=reading).eval()
     alone = model.encode(batch_of([[]]))
     vectors = model.encode(batch_of([[], [1, 2], [], [4]]))
     assert alone.isfinite().all() and vectors[0].equal(vectors[2])
@@ -372,31 +420,37 @@ def test_an_empty_history_has_one_defined_vector(split, folders, kind):
     assert model.scores(Targets(hidden, "test", 7)[np.arange(40)]).isfinite().all()
 
 
-def test_a_history_of_items_without_text(split, folders):
-    model = make(split, folders).eval()
+@readings
+def test_a_history_of_items_without_text(split, folders, reading):
+    model = make(split, folders, reading=reading).eval()
     out = model.represent(batch_of([[3, 3], [3]]))
     assert out["h"].isfinite().all() and not torch.allclose(out["behaviour"][0], out["behaviour"][1] + 1)
 
 
-def test_cold_items_have_vectors_from_text_alone(split, folders):
+@readings
+def test_cold_items_have_vectors_from_text_alone(split, folders, reading):
     items = texts_of(split)
     order = torch.randperm(split.n_items, generator=torch.Generator().manual_seed(0))
     moved = ItemTexts([items.texts[i] for i in order], items.vectors[order], items.known[order])
-    first, second = (make(split, folders, items=one, shaken=False).catalogue() for one in (items, moved))
-    torch.testing.assert_close(first[order], second, rtol=1e-4, atol=1e-5)
+    first, second = (make(split, folders, items=one, shaken=False, reading=reading) for one in (items, moved))
+    torch.testing.assert_close(first.catalogue()[order], second.catalogue(), rtol=1e-4, atol=1e-5)
+    histories, place = random_histories(), torch.argsort(order)
+    users = (model.eval().encode(batch_of(h)) for model, h in ((first, histories), (second, [place[h].tolist() if h else [] for h in histories])))
+    torch.testing.assert_close(*users, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(make(split, folders, items=items, ids=True).catalogue(), make(split, folders, items=items).catalogue())
 
 
-def test_histories_longer_than_the_position_table(split, tmp_path):
+@readings
+def test_histories_longer_than_the_position_table(split, tmp_path, reading):
     short = {"bert": encoder(tmp_path, positions=5)}
     with pytest.raises(ValueError, match="max_tokens=20: the backbone has 5 positions"):
         make(split, short)
-    model = make(split, short, max_tokens=5, max_length=50).eval()
+    model = make(split, short, max_tokens=5, max_length=50, residual=False, reading=reading).eval()
     long = [[1, 2, 4, 5, 6, 7, 8, 9], [4, 4, 4, 5, 6, 7, 8, 9]]
     same = model.represent(batch_of(long))["behaviour"]
     assert model.places == 5 and model.encode(batch_of(long)).isfinite().all()
     with torch.no_grad():
-        model.user_signal = lambda vectors, batch: vectors.new_zeros(len(batch), 12)           # the router still reads the whole history
+        model.user_signal = lambda vectors, offsets, real: vectors.new_zeros(len(real) if reading == "prefixes" else 2, 12)      # the router still reads the whole history
         same = model.represent(batch_of(long))["behaviour"]
     torch.testing.assert_close(same[0], same[1])
 
@@ -404,7 +458,9 @@ def test_histories_longer_than_the_position_table(split, tmp_path):
 @pytest.mark.parametrize("wrong, message", [(dict(cuts=0), "cuts=0: at least 1"), (dict(max_tokens=0), "max_tokens=0"), (dict(rank=0), "rank=0"), (dict(bpc_weight=-1.), "bpc_weight=-1.0: at least 0"),
                                             (dict(targets="all"), "targets 'all'"), (dict(adapter="loar"), "did you mean 'lora'"), (dict(views=("semantics",)), "did you mean 'semantic'"), (dict(views=()), "views"),
                                             (dict(fusion="sum"), "fusion mode 'sum'"), (dict(top_n=9), "top_n=9"), (dict(dropout=1.), "dropout=1.0"), (dict(text_dropout=1.), "text_dropout=1.0"), (dict(temperature=0.), "temperature=0.0"),
-                                            (dict(routing="rando"), "did you mean 'random'"), (dict(attention="flash"), "attention='flash'"), (dict(chunk_tokens=0), "chunk_tokens=0"), (dict(layers=[7]), "layers")])
+                                            (dict(routing="rando"), "did you mean 'random'"), (dict(attention="flash"), "attention='flash'"), (dict(chunk_tokens=0), "chunk_tokens=0"), (dict(layers=[7]), "layers"),
+                                            (dict(place_dropout=1.), "place_dropout=1.0"), (dict(reading="prefix"), "did you mean 'prefixes'"), (dict(order="newest"), "order='newest': prefixes begin with the oldest item; .* reading='whole'"),
+                                            (dict(pooling="cls"), "pooling 'cls': one of auto, newest, mean, last"), (dict(behaviour_pooling="cls"), "behaviour_pooling 'cls': one of")])
 def test_settings_out_of_range(split, folders, wrong, message):
     with pytest.raises(ValueError, match=message):
         make(split, folders, **wrong)

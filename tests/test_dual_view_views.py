@@ -8,7 +8,8 @@ import torch
 from transformers import BertConfig, BertModel
 
 from l2rec.dual_view.backbone import TokenTable, freeze
-from l2rec.dual_view.views import BehaviourProjector, behaviour_input, embedding_size, kept_tokens, length_chunks, owner_of, pool_view, rows_of, semantic_input
+from l2rec.dual_view.views import (BehaviourProjector, behaviour_input, embedding_size, filled, item_prefixes, kept_tokens, length_chunks, newest_whole, owner_of, pool_view, room_for, rows_of, semantic_input,
+                                   text_prefixes)
 
 
 def flat(histories):
@@ -156,6 +157,104 @@ def test_embedding_size():
     assert embedding_size(model) == pytest.approx(math.sqrt((values**2).mean().item()), rel=1e-5)
 
 
+# --- every prefix of a history ----------------------------------------------------------------------------------------------
+
+
+def slow_slots(histories):
+    """(slots, offsets, real) of lists: an empty history has one slot that is not real."""
+    rows = [h or [None] for h in histories]
+    return [i or 0 for row in rows for i in row], [0, *np.cumsum([len(row) for row in rows]).tolist()], [i is not None for row in rows for i in row]
+
+
+@pytest.mark.parametrize("histories", [random_histories(0), [[]], [[], []], [[3]], [[], [3, 0], [], [], [0], []], [[3, 0], [1]], []], ids=str)
+def test_slots(histories):
+    slots, offsets, real = slow_slots(histories)
+    found = filled(*flat(histories))
+    assert [x.tolist() for x in found] == [slots, offsets, real] and found[2].dtype == torch.bool
+
+
+def slow_text(histories, rows, before, fill, room):
+    """Of each history: (tokens, slot that each token's prefix ends with), and of the batch the slots that end a prefix."""
+    rows = [row or [fill] for row in rows]                                        # an item without text is one filling token
+    out, ends, slot = [], [], 0
+    for h in histories:
+        kept, tokens, owner = slow_kept(h, rows, room), [], []
+        for place, (i, n) in enumerate(zip(h, kept)):
+            tokens += rows[i][:n]
+            owner += [slot + place] * n
+        ends += sorted(set(owner)) or [slot]                                      # an empty history has one prefix
+        first = owner[0] if owner else slot
+        tokens, owner = [*before, *tokens], [first] * len(before) + owner         # special tokens belong to the first item
+        out.append((tokens, owner) if tokens else ([fill], [slot]))
+        slot += max(1, len(h))
+    return out, ends
+
+
+@cases
+@pytest.mark.parametrize("before", [(1,), (1, 4), ()])
+def test_text_prefixes_are_their_definition(seed, room, before):
+    rows, _ = random_table(seed)
+    rows[5] = []                                                                  # an item without text
+    table = TokenTable(rows, before, (2, 3), fill=9)
+    for histories in (random_histories(seed + 10), [[]], [[], []], [random_histories(seed + 20, 1, 9)[0] + [int(np.argmax([len(r) for r in rows]))]]):
+        ids, prefixes, ends = text_prefixes(*filled(*flat(histories)), table, room + len(before))
+        expected, slots = slow_text(histories, rows, before, 9, room)
+        assert ends.tolist() == slots and len(prefixes) == len(slots) and ids.shape == prefixes.number.shape == (len(histories), max(len(tokens) for tokens, _ in expected))
+        for b, (tokens, owner) in enumerate(expected):
+            n = len(tokens)
+            assert prefixes.real[b].tolist() == [True] * n + [False] * (ids.shape[1] - n)
+            assert ids[b].tolist() == tokens + [9] * (ids.shape[1] - n) and [slots[p] for p in prefixes.number[b, :n]] == owner
+
+
+def test_text_prefixes_by_hand():
+    table = TokenTable([[5, 6], [], [7], [10, 11, 12, 13, 14]], [1], [2], fill=9)
+    ids, prefixes, ends = text_prefixes(*filled(*flat([[0, 1, 2], [], [1], [0, 3], [2, 0, 1]])), table, 4)
+    assert ids.tolist() == [[1, 9, 7, 9], [1, 9, 9, 9], [1, 9, 9, 9], [1, 10, 11, 12], [1, 5, 6, 9]]     # no special token after; whole items; a newest item too long is cut
+    assert ends.tolist() == [1, 2, 3, 4, 6, 8, 9] and [row[real].tolist() for row, real in zip(prefixes.number, prefixes.real)] == [[0, 0, 1], [2], [3, 3], [4] * 4, [5, 5, 5, 6]]
+
+
+def test_nothing_after_an_item_changes_its_prefix():
+    rows, table = random_table(2)
+    for h in random_histories(4, n=20):
+        whole, prefixes, ends = text_prefixes(*filled(*flat([h])), table, 1000)
+        for n in range(1, len(h) + 1):
+            part, alone, some = text_prefixes(*filled(*flat([h[:n]])), table, 1000)
+            length = part.shape[1]
+            assert part.equal(whole[:, :length]) and alone.number.equal(prefixes.number[:, :length]) and some.equal(ends[:n])
+
+
+@pytest.mark.parametrize("most", [1, 3, 100])
+@pytest.mark.parametrize("histories", [random_histories(6), [[]], [[], []], [[], [3, 0, 1, 1], []]], ids=str)
+def test_item_prefixes_are_their_definition(most, histories):
+    slots, offsets, _ = filled(*flat(histories))
+    index, prefixes, ends = item_prefixes(offsets, most)
+    expected, slot = [], 0
+    for h in histories:
+        n = max(1, len(h))
+        expected.append(list(range(slot + max(0, n - most), slot + n)))
+        slot += n
+    assert ends.tolist() == [s for row in expected for s in row] and len(prefixes) == len(ends) and index.shape == prefixes.number.shape == (len(histories), max(map(len, expected)))
+    for row, number, real, e in zip(index, prefixes.number, prefixes.real, expected):
+        assert row[real].tolist() == e and ends[number[real]].tolist() == e and real.tolist() == [True] * len(e) + [False] * (index.shape[1] - len(e))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_newest_whole_items(seed):
+    rng = np.random.default_rng(seed)
+    histories = [rng.integers(0, 6, rng.integers(0, 7)).tolist() for _ in range(12)]
+    n, offsets = flat(histories)
+    for room in (1, 2, 5, 9, 100): assert newest_whole(n, offsets, room).tolist() == [k for h in histories for k in slow_kept(range(len(h)), [[0] * m for m in h], room)]
+    assert room_for(9, 2) == 7
+    with pytest.raises(ValueError, match="max_tokens=2: 2 special tokens leave no room for an item"): room_for(2, 2)
+
+
+def test_prefixes_need_room():
+    table = TokenTable([[5, 6]], [1, 4], [2])
+    with pytest.raises(ValueError, match="max_tokens=2: 2 special tokens leave no room for an item"): text_prefixes(*filled(*flat([[0]])), table, 2)
+    assert text_prefixes(*filled(*flat([[0]])), table, 3)[0].tolist() == [[1, 4, 5]]                # what stands after a whole history takes no room
+    with pytest.raises(ValueError, match="max_items=0: at least 1"): item_prefixes(torch.tensor([0, 1]), 0)
+
+
 # --- pooling ----------------------------------------------------------------------------------------------------------------
 
 
@@ -172,3 +271,9 @@ def test_pooling(dtype):
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="pooling='middle'"):
         pool_view(hidden, mask, "middle")
+
+
+@pytest.mark.parametrize("before", [[], [1]])
+def test_a_catalogue_without_a_single_token(before):
+    ids, prefixes, ends = text_prefixes(*filled(torch.tensor([0, 1]), torch.tensor([0, 2])), TokenTable([[], []], before, [2], fill=9), 10)
+    assert ids.tolist() == [[*before, 9, 9]] and ends.tolist() == [0, 1] and len(prefixes) == 2

@@ -199,7 +199,7 @@ class Prefixes:
         return (seen | (places[:, None] == places))[:, None]
 
     def _check(self, x: Tensor) -> None:
-        if x.shape[:2] != self.real.shape: raise ValueError(f"prefixes of {list(self.real.shape)} tokens: the view's input has {list(x.shape[:2])}")
+        if x.dim() != 3 or x.shape[:2] != self.real.shape: raise ValueError(f"prefixes of {list(self.real.shape)} tokens: the view's input is {list(x.shape)}, not [B, L, D]")
 
 # %% ../../nbs/dual_view/02_dpmoe.ipynb #c20
 class Now(threading.local):
@@ -324,7 +324,7 @@ class DPMoELinear(nn.Module, BaseTunerLayer):
         if run is None: raise no_view()
         factors, gate = self.factors(run.view), run.wide[self.block]
         if factors is None: return self.base_layer(x, *args, **kwargs)
-        rows = x if gate is None or len(x) == len(gate) else x.view(len(gate), -1, x.shape[-1])
+        rows = x if gate is None or len(x) == len(gate) and x.dim() >= gate.dim() else x.view(len(gate), -1, x.shape[-1])
         name = self.active_adapters[0]
         return expert_product(rows, self.base_layer.weight, self.base_layer.bias, *factors, gate, self.scaling[name], self.dropout, self.training).view(*x.shape[:-1], -1)
 

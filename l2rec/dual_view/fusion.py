@@ -66,5 +66,6 @@ class AgingMean(nn.Module):
         rectangle, real = padded(normalize(vectors, dim=-1), offsets)
         place = torch.arange(real.shape[1], device=vectors.device)
         age = place[:, None] - place
-        weight = torch.where(age >= 0, torch.exp(nn.functional.logsigmoid(self.keep.float()) * age), 0.).to(vectors.dtype)        # [L, L]
+        kept = torch.exp(nn.functional.logsigmoid(self.keep.float()) * age.clamp(min=0))          # without the clamp, what `where` leaves out would overflow, and make the gradient NaN
+        weight = torch.where(age >= 0, kept, 0.).to(vectors.dtype)                               # [L, L]
         return normalize((weight @ rectangle)[real], dim=-1)

@@ -26,7 +26,7 @@ from ..data.batches import Batch, SequenceData, padded, window_index
 from ..data.dataset import DataError, Dataset, whole_folder
 from ..data.item_vectors import MINILM, encoder_folder, encoder_sha256
 from ..data.splits import Split, training_counts
-from .backbone import is_causal, load_backbone, token_table
+from .backbone import is_causal, load_backbone, takes_pair_masks, token_table
 from .dpmoe import VIEWS, DPMoEConfig, Prefixes, Routes, find_places, width_of
 from .fusion import ACF, AgingMean
 from .items import ItemHead, ItemTexts, cosine_in_batch, cosine_softmax, learned_temperature, make_item_texts
@@ -130,6 +130,8 @@ class L2Rec(Retrieval):
         positions = getattr(backbone.config, "max_position_embeddings", None) or 1 << 30
         if s.max_tokens > positions: raise ValueError(f"max_tokens={s.max_tokens}: the backbone has {positions} positions")
         self.settings, self.source, self.places, self.causal = s, source, min(s.max_length, positions), is_causal(backbone)
+        if self.by_prefix and not takes_pair_masks(backbone):
+            raise ValueError(f"reading='prefixes': {type(backbone).__name__} takes no mask of pairs of tokens, so it cannot read all prefixes in one pass; use reading='whole'")
         self.items = ItemHead(items, s.width, s.head_hidden, s.ids, s.text_dropout)
         self.register_buffer("trained", trained, persistent=False)
         self.tokens = token_table(items.texts, tokenizer, s.item_tokens) if "semantic" in s.views else None

@@ -155,7 +155,8 @@ def text_prefixes(slots: Tensor, offsets: Tensor, real: Tensor,  # of `filled`
     column = torch.arange(int(length.max()), device=slots.device)
     items = (column >= first) & (column < first + inside[:, None])
     index, _ = window_index(table.offsets[slots], table.offsets[slots] + take)
-    tokens = torch.where(torch.repeat_interleave(told == 0, take), table.fill, table.ids[index.clamp(max=len(table.ids) - 1)])
+    said, tokens = torch.repeat_interleave(told > 0, take), torch.full_like(index, table.fill)
+    tokens[said] = table.ids[index[said]]
     ids, numbers = torch.full(items.shape, table.fill, device=slots.device), begin[:, None].repeat(1, len(column))
     ids[:, :first], ids[items] = table.before, tokens
     numbers[items] = torch.repeat_interleave(number, take)
