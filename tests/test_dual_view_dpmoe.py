@@ -544,7 +544,7 @@ def test_prefixes_of_other_shapes():
     B, L = number.shape
     for x in (torch.zeros(B, L + 1, 3), torch.zeros(B + 1, L, 3), torch.zeros(L, 3)):
         for f in (lambda p, x: p.mean(x), lambda p, x: p.own(x), lambda p, x: p.newest(x)):
-            with pytest.raises(ValueError, match=rf"prefixes of \[{B}, {L}\] tokens: the view's input has"):
+            with pytest.raises(ValueError, match=rf"prefixes of \[{B}, {L}\] tokens: the view's input is"):
                 f(Prefixes(number, real, count), x)
 
 
@@ -741,7 +741,7 @@ def test_prefixes_that_do_not_fit_the_view():
         with pytest.raises(ValueError, match=rf"user of {len(user)} rows: the view's input has 3 prefixes"): hidden_by_prefix(model, prefixes, IDS, user)
     with pytest.raises(ValueError, match="user=None"): hidden_by_prefix(model, prefixes, IDS, None)
     with pytest.raises(ValueError, match=r"user of shape \(3, 4\)"): hidden_by_prefix(model, prefixes, IDS, USERS[:, :4])
-    with pytest.raises(ValueError, match=r"prefixes of \[3, 7\] tokens: the view's input has \[3, 5\]"), model.view("semantic", USERS, prefixes=prefixes): model(input_ids=IDS[:, :5])
+    with pytest.raises(ValueError, match=r"prefixes of \[3, 7\] tokens: the view's input is \[3, 5, 32\]"), model.view("semantic", USERS, prefixes=prefixes): model(input_ids=IDS[:, :5])
     with pytest.raises(RuntimeError, match="no view is open"): model(input_ids=IDS)
 
 
