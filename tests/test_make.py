@@ -7,11 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
 
 import pytest
+
+from l2rec.training import plan
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = ('search/tiny/adder/seed-0', 'retrieval/tiny/adder/seed-0', 'retrieval/tiny/adder/seed-1', 'retrieval/tiny/halver/seed-0')
@@ -303,3 +306,22 @@ def test_an_old_python_is_refused(home):
     old.chmod(0o755)
     done = subprocess.run(['make', f'PYTHON={old}', f'VENV={home / "none"}', 'env'], cwd=home, env=environment(home), capture_output=True, text=True)
     assert done.returncode == 2 and 'Python >= 3.11 is needed' in done.stderr
+
+
+def heard_through(temporary, folder, monkeypatch):
+    """The transport that a kernel finds itself reached by when temporary files are kept in `temporary`."""
+    notebook(folder / 'source.ipynb', 'from ipykernel.kernelapp import IPKernelApp\nprint(IPKernelApp.instance().transport)')
+    monkeypatch.setattr(tempfile, 'tempdir', str(temporary))
+    cells = plan.execute(folder / 'source.ipynb', folder / 'output.ipynb', {}, folder)['cells']
+    assert not list(temporary.iterdir())  # neither a connection file nor a socket is left
+    return ''.join(''.join(output['text']) for cell in cells for output in cell.get('outputs', ())).strip()
+
+
+def test_kernels_need_no_free_port(tmp_path, monkeypatch):
+    with tempfile.TemporaryDirectory(dir='/tmp') as short:
+        assert heard_through(Path(short), tmp_path, monkeypatch) == 'ipc'
+
+
+def test_a_temporary_folder_too_deep_for_socket_files_gets_ports(tmp_path, monkeypatch):
+    (deep := tmp_path / ('deep' * 25)).mkdir()
+    assert heard_through(deep, tmp_path, monkeypatch) == 'tcp'

@@ -404,14 +404,22 @@ def write_makefile(
 class NotebookFailed(RuntimeError):
     "A notebook that raised; the message is one line."
 
-def kernel_manager() -> type:
-    "What starts kernels for nbclient: by a fork of the warm interpreter, if there is one, else as ever."
+def kernel_manager(
+    folder: Path, # of this kernel alone
+) -> type:
+    "What starts a kernel for nbclient, heard through socket files in its folder: by a fork of the warm interpreter, if there is one, else as ever."
     from jupyter_client.manager import AsyncKernelManager
-    class WarmKernels(AsyncKernelManager):
+    from traitlets import default
+    class Kernel(AsyncKernelManager):
+        @default('connection_file')
+        def _connection_file(self) -> str: return str(folder / 'kernel.json')
+        @default('transport')
+        def _transport(self) -> str: return 'ipc' if os.name == 'posix' and len(os.fsencode(folder / 'kernel-ipc-5')) < 104 else 'tcp' # 104 on macOS, 108 on Linux
+    class WarmKernel(Kernel):
         def format_kernel_cmd(self, extra_arguments: list[str] | None = None) -> list[str]:
             plain = super().format_kernel_cmd(extra_arguments)
             return [sys.executable, '-P', warm.__file__, 'start', *plain[plain.index('-m') + 1:]]
-    return WarmKernels if os.environ.get(warm.ADDRESS) else AsyncKernelManager
+    return WarmKernel if os.environ.get(warm.ADDRESS) else Kernel
 
 def execute(
     notebook: Path, # source
@@ -426,9 +434,10 @@ def execute(
     os.environ['JUPYTER_PREFER_ENV_PATH'] = '1' # this environment's kernel before one in the user's home
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        papermill.execute_notebook(str(notebook), str(output), parameters=parameters, kernel_name='python3', cwd=str(root), log_output=False,
-                                   progress_bar=False, execution_timeout=timeout, extra_arguments=['--log-level=ERROR'],
-                                   kernel_manager_class=kernel_manager())
+        with tempfile.TemporaryDirectory(prefix='l2rec-') as folder:
+            papermill.execute_notebook(str(notebook), str(output), parameters=parameters, kernel_name='python3', cwd=str(root), log_output=False,
+                                       progress_bar=False, execution_timeout=timeout, extra_arguments=['--log-level=ERROR'],
+                                       kernel_manager_class=kernel_manager(Path(folder)))
     except papermill.PapermillExecutionError as error:
         raise NotebookFailed(f'{error.ename}: {" ".join(str(error.evalue).split())}') from None
     except (papermill.exceptions.PapermillException, RuntimeError, TimeoutError) as error: # a kernel that died, a cell over its time
