@@ -8,8 +8,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 from l2rec.dual_view.backbone import TokenTable, freeze
-from l2rec.dual_view.views import (BehaviourProjector, behaviour_input, embedding_size, filled, item_prefixes, kept_tokens, length_chunks, newest_whole, owner_of, pool_view, room_for, rows_of, semantic_input,
-                                   text_prefixes)
+from l2rec.dual_view.views import (BehaviourProjector, behaviour_input, embedding_size, filled, item_prefixes, kept_tokens, length_chunks, newest_whole, owner_of, pool_view, room_for, semantic_input, sums, text_prefixes)
 
 
 def flat(histories):
@@ -112,12 +111,12 @@ def test_chunks_hold_every_row_once_and_little(seed, budget):
     assert all(int(length[a].min()) >= int(length[b].max()) for a, b in zip(chunks, chunks[1:]))
 
 
-def test_rows_of_a_batch():
+def test_owners_and_sums_of_a_batch():
     histories = random_histories(5)
-    order = torch.tensor([7, 0, 3, 3])
-    history, offsets = rows_of(*flat(histories), order)
-    assert [history[s:e].tolist() for s, e in zip(offsets[:-1], offsets[1:])] == [histories[i] for i in order]
-    assert owner_of(offsets, len(history)).tolist() == [n for n, i in enumerate(order) for _ in histories[i]]
+    history, offsets = flat(histories)
+    assert owner_of(offsets, len(history)).tolist() == [n for n, h in enumerate(histories) for _ in h]
+    assert sums(history, offsets).tolist() == [sum(h) for h in histories]
+    assert sums(history > 3, offsets).tolist() == [sum(i > 3 for i in h) for h in histories]
 
 
 # --- behaviour view ---------------------------------------------------------------------------------------------------------

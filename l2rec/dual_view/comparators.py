@@ -54,7 +54,7 @@ class Tower(nn.Module):
         x = packed.spread(dropout(vectors + self.position(packed.from_newest), self.p, self.training))
         for block in self.blocks: x = block(x, packed.visible)
         x = self.norm(packed.collect(x))
-        return x if self.aging is None else x * x.shape[-1] ** -.5 + self.aging(vectors, batch.offsets), packed
+        return x if self.aging is None else self.aging.corrected(x, vectors, batch.offsets), packed
 
     def newest(self, vectors: Tensor, batch: Batch) -> Tensor:
         "Float[B, D]: the vector at each history's newest item, of length 1; 0 for an empty history."

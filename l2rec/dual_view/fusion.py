@@ -21,11 +21,13 @@ class ACF(nn.Module):
     "Adaptive cross-view fusion of two vectors of `width` elements, or of the one view there is."
 
     def __init__(self, width: int, mode: str = "acf", # "acf", "mean" or "concat"
-                 views: tuple[str, ...] = VIEWS):     # the views that will be given
+                 views: tuple[str, ...] = VIEWS,      # the views that will be given
+                 alone: float = 0.):                  # share of the vectors that are trained with one of two views left out, either as often
         super().__init__()
+        if not 0 <= alone <= 1: raise ValueError(f"alone={alone}: a share, 0 to 1")
         if mode not in MODES: raise ValueError(f"fusion mode {mode!r}: one of {', '.join(MODES)}")
         if not views or set(views) - set(VIEWS): raise ValueError(f"views={views!r}: one or both of {', '.join(VIEWS)}")
-        self.mode, self.views = mode, tuple(views)
+        self.mode, self.views, self.alone = mode, tuple(views), alone
         self.project = nn.ModuleDict({view: nn.Linear(width, width) for view in views})     # P_s, P_b
         both = len(self.views) == 2
         self.gate = nn.Linear(2 * width, width) if both and mode == "acf" else None         # W, b
@@ -46,11 +48,14 @@ class ACF(nn.Module):
             (view, x), = h.items()
             return self.norm(x), torch.full_like(x, float(view == "semantic"))
         s, b = h["semantic"], h["behaviour"]
-        if self.mix is not None: return self.norm(self.mix(torch.cat([s, b], -1))), torch.full_like(s, .5)
+        chance = torch.rand(len(s), 1, device=s.device) if self.training and self.alone else torch.ones(len(s), 1, device=s.device)
+        without_s, without_b = chance < self.alone / 2, (chance >= self.alone / 2) & (chance < self.alone)
+        if self.mix is not None: return self.norm(self.mix(torch.cat([s.masked_fill(without_s, 0), b.masked_fill(without_b, 0)], -1))), torch.full_like(s, .5)
         gamma = torch.full_like(s, .5) if self.gate is None else torch.sigmoid(self.gate(torch.cat([s, b], -1)))
+        gamma = gamma.masked_fill(without_s, 0).masked_fill(without_b, 1)
         return self.norm(gamma * s + (1 - gamma) * b), gamma
 
-# %% ../../nbs/dual_view/06_fusion.ipynb #c14
+# %% ../../nbs/dual_view/06_fusion.ipynb #c16
 class AgingMean(nn.Module):
     "The mean of a history's item vectors, older ones counting less; how much less is learned."
 
@@ -69,3 +74,11 @@ class AgingMean(nn.Module):
         kept = torch.exp(nn.functional.logsigmoid(self.keep.float()) * age.clamp(min=0))          # without the clamp, what `where` leaves out would overflow, and make the gradient NaN
         weight = torch.where(age >= 0, kept, 0.).to(vectors.dtype)                               # [L, L]
         return normalize((weight @ rectangle)[real], dim=-1)
+
+    def corrected(self, h: Tensor,        # Float[K, D], what the trained part says
+                  vectors: Tensor,        # Float[S, D]
+                  offsets: Tensor,        # Int[B+1]
+                  at: Tensor | slice = slice(None), # Int[K], the items that h stands at
+                  ) -> Tensor:
+        "h of size 1 an element, made a vector of about length 1, and the mean: Float[K, D]."
+        return h * h.shape[-1] ** -.5 + self(vectors, offsets)[at]

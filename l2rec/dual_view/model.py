@@ -32,7 +32,8 @@ from .fusion import ACF, AgingMean
 from .items import ItemHead, ItemTexts, cosine_in_batch, cosine_softmax, learned_temperature, make_item_texts
 from .preference import bpc_loss
 from .router import SIGNALS, Router, one_of
-from .views import BehaviourProjector, behaviour_input, embedding_size, filled, item_prefixes, length_chunks, owner_of, pool_view, semantic_input, text_prefixes
+from .views import (BehaviourProjector, amounts_before, behaviour_input, embedding_size, filled, item_prefixes, length_chunks, owner_of, pool_view, semantic_input, sums,
+                                    text_prefixes)
 from ..training.contracts import Retrieval, build
 from ..training.modules import RetrievalModule, set_up
 
@@ -137,7 +138,7 @@ class L2Rec(Retrieval):
         self.tokens = token_table(items.texts, tokenizer, s.item_tokens) if "semantic" in s.views else None
         d, D = width_of(backbone), self.items.width
         self.projector = BehaviourProjector(D, d, size=embedding_size(backbone)) if "behaviour" in s.views else None
-        self.fusion = ACF(d, s.fusion, tuple(s.views))
+        self.fusion = ACF(d, s.fusion, tuple(s.views), s.alone)
         self.readout = nn.Identity() if d == D else nn.Linear(d, D)
         if d != D and self.projector is not None: self._begin_aligned()
         self.aging = AgingMean() if s.residual else None
@@ -172,6 +173,7 @@ class L2Rec(L2Rec):
                    fusion: str = "acf",                 # or "mean", "concat"
                    residual: bool = True,               # the views correct the history's aging mean, see `AgingMean`
                    views: tuple[str, ...] = VIEWS,
+                   alone: float = 0.,                   # share of the training vectors that one view must answer for without the other, see `ACF`
                    bpc_weight: float = .1, bpc_temperature: float = .1,
                    balance_weight: float = .01,
                    max_tokens: int = 256, item_tokens: int = 16, # semantic view: of a history, of an item
@@ -261,11 +263,13 @@ class L2Rec(L2Rec):
         pool = {"auto": prefixes.newest if self.causal else prefixes.own, "newest": prefixes.own, "mean": prefixes.mean, "last": prefixes.newest}[pooling]
         return {**inputs, "attention_mask": mask}, {"user": user[rows], "prefixes": prefixes}, pool, rows
 
+# %% ../../nbs/dual_view/08_model.ipynb #c25
+class L2Rec(L2Rec):
     def read_text(self, slots: Tensor, offsets: Tensor, real: Tensor, user: Tensor):
         "The semantic view: (rows Int[K], Float[K, d], routes); a row is a slot, or a history where it is read whole."
         s, table = self.settings, self.tokens
         told = table.length[slots].clamp(min=int(self.by_prefix)) * real
-        length = torch.cat([told.new_zeros(1), told.cumsum(0)])[offsets].diff().clamp(max=s.max_tokens)
+        length = sums(told, offsets).clamp(max=s.max_tokens)
 
         def make(histories):
             index, cut = window_index(offsets[histories], offsets[histories + 1])
@@ -273,8 +277,7 @@ class L2Rec(L2Rec):
                 ids, prefixes, kept = text_prefixes(slots[index], cut, real[index], table, s.max_tokens)
                 return self._prefixes({"input_ids": ids}, prefixes, user, s.pooling, index[kept])
             some = real[index]
-            whole = torch.cat([some.new_zeros(1, dtype=torch.long), some.cumsum(0)])[cut]
-            ids, mask = semantic_input(slots[index][some], whole, table, s.max_tokens, s.order)
+            ids, mask = semantic_input(slots[index][some], amounts_before(some)[cut], table, s.max_tokens, s.order)
             return self._whole({"input_ids": ids}, mask, user, s.pooling, histories)
         return self._through("semantic", length + len(table.before), make)
 
@@ -294,7 +297,7 @@ class L2Rec(L2Rec):
             return self._whole(inputs, mask, user, newest if s.behaviour_pooling == "newest" else s.behaviour_pooling, histories)
         return self._through("behaviour", offsets.diff().clamp(max=self.places), make)
 
-# %% ../../nbs/dual_view/08_model.ipynb #c24
+# %% ../../nbs/dual_view/08_model.ipynb #c26
 class L2Rec(L2Rec):
     def represent(self, batch: Batch,
                   vectors: Tensor | None = None, # Float[N, D] of the flat histories, where they are at hand
@@ -323,7 +326,7 @@ class L2Rec(L2Rec):
             if routed is not None: routes[view] = ViewRoutes.joined([routed], place)
         h, gamma = self.fusion(*(x if x is None else x.to(self.fusion.norm.weight.dtype) for x in out.values()))
         h = self.readout(dropout(h, self.settings.dropout, self.training))
-        if self.aging is not None: h = h * self.items.width ** -.5 + self.aging(of_slots, offsets)[wanted if self.by_prefix else offsets[1:] - 1]
+        if self.aging is not None: h = self.aging.corrected(h, of_slots, offsets, wanted if self.by_prefix else offsets[1:] - 1)
         return {"h": h, **out, "gamma": gamma, "user": user[wanted], "routes": routes, **({"at": (real.cumsum(0) - 1)[wanted]} if every else {})}
 
     @torch.no_grad()
@@ -335,7 +338,7 @@ class L2Rec(L2Rec):
         "Item vectors of length 1, Float[I, D]."
         return normalize(self.items.vectors().float(), dim=-1)
 
-# %% ../../nbs/dual_view/08_model.ipynb #c36
+# %% ../../nbs/dual_view/08_model.ipynb #c38
 def optimiser_groups(model: Retrieval,
                      lr: float,                # of what is trained inside a language model: adapters and routers
                      head_lr: float,           # of everything else
@@ -349,22 +352,19 @@ def optimiser_groups(model: Retrieval,
         groups.setdefault((inside, decays), []).append(p)
     return [{"params": params, "lr": lr if inside else head_lr, "weight_decay": weight_decay if decays else 0.} for (inside, decays), params in groups.items()]
 
-# %% ../../nbs/dual_view/08_model.ipynb #c37
+# %% ../../nbs/dual_view/08_model.ipynb #c39
 class L2Rec(L2Rec):
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         "Total of a batch of training windows, and its parts."
         s, asked = self.settings, batch if self.by_prefix else draw_cuts(batch, self.settings.cuts)
-        if s.targets == "catalogue":
-            catalogue = self.items.vectors()
-            out = self.represent(asked, catalogue[asked.history], self.by_prefix)
-        else:
-            needed, place = torch.unique(torch.cat([asked.history, asked.following]), return_inverse=True)      # no other item is computed
-            vectors = self.items.rows(needed)
-            out = self.represent(asked, vectors[place[:len(asked.history)]], self.by_prefix)
+        needed = None if s.targets == "catalogue" else torch.unique(torch.cat([asked.history, asked.following]))      # no other item is computed
+        vectors = self.items.vectors() if needed is None else self.items.rows(needed)
+        rows = lambda items: items if needed is None else torch.searchsorted(needed, items)
+        out = self.represent(asked, vectors[rows(asked.history)], self.by_prefix)
         at = out.get("at", slice(None))
         following, user = asked.following[at], asked.user[owner_of(asked.offsets, len(asked.history))[at]] if self.by_prefix else asked.user
-        if s.targets == "catalogue": retrieval = cosine_softmax(out["h"].float(), catalogue.float(), self.log_temperature, following, self.trained)
-        else: retrieval = cosine_in_batch(out["h"].float(), vectors[place[len(asked.history):][at]].float(), self.log_temperature, following)
+        if needed is None: retrieval = cosine_softmax(out["h"].float(), vectors.float(), self.log_temperature, following, self.trained)
+        else: retrieval = cosine_in_batch(out["h"].float(), vectors[rows(following)].float(), self.log_temperature, following)
         parts, total = {"contrastive": retrieval}, retrieval
         if len(s.views) == 2 and s.bpc_weight:
             parts["bpc"] = bpc_loss(out["semantic"], out["behaviour"], s.bpc_temperature, user)
@@ -376,7 +376,7 @@ class L2Rec(L2Rec):
 
     parameter_groups = optimiser_groups
 
-# %% ../../nbs/dual_view/08_model.ipynb #c41
+# %% ../../nbs/dual_view/08_model.ipynb #c43
 class DualViewModule(RetrievalModule):
     "A retrieval model in a training loop, with rates of its own for adapters and heads, a warm-up, and checkpoints without what is frozen."
 
@@ -414,7 +414,7 @@ class DualViewModule(RetrievalModule):
             raise ValueError(f"these weights belong to another model: {len(lacking)} are missing ({', '.join(sorted(lacking)[:2])}), {len(beyond)} are not of it ({', '.join(sorted(beyond)[:2])})")
         return super().load_state_dict(state_dict, False, assign)
 
-# %% ../../nbs/dual_view/08_model.ipynb #c50
+# %% ../../nbs/dual_view/08_model.ipynb #c52
 def save_l2rec(model: L2Rec, folder: str | Path # replaced if it is there
                ) -> Path:
     "Write adapter/, heads.safetensors and l2rec.json."

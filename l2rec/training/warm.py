@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ADDRESS', 'LIBRARIES', 'OWN', 'heeded', 'possible', 'die_with_parent', 'ask', 'prepare_fork', 'run_fork', 'Present',
-           'warm_up', 'share_threads', 'relevant', 'installed', 'Warm', 'main']
+           'warm_up', 'share_threads', 'Warm', 'relevant', 'installed', 'main']
 
 # %% ../../nbs/training/12_warm.ipynb #c03
 import atexit
@@ -154,16 +154,6 @@ def share_threads() -> None:
     if jobs: os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // int(jobs[1]))))
 
 # %% ../../nbs/training/12_warm.ipynb #c18
-def relevant(
-    environment: dict[str, str], # name -> value
-) -> set[tuple[str, str]]:
-    "The variables that a library might read."
-    return {(name, value) for name, value in environment.items() if not name.startswith(OWN)}
-
-def installed() -> int:
-    "A number that changes when a library is installed or removed."
-    return os.stat(sysconfig.get_path('purelib')).st_mtime_ns
-
 class Warm:
     "The process that is forked, and the command whose end is its own."
     def __init__(self, command: list[str]): # with its arguments
@@ -186,6 +176,19 @@ class Warm:
 
     def watch(self, file, react): self.events.register(file, selectors.EVENT_READ, react)
 
+# %% ../../nbs/training/12_warm.ipynb #c18b
+def relevant(
+    environment: dict[str, str], # name -> value
+) -> set[tuple[str, str]]:
+    "The variables that a library might read."
+    return {(name, value) for name, value in environment.items() if not name.startswith(OWN)}
+
+def installed() -> int:
+    "A number that changes when a library is installed or removed."
+    return os.stat(sysconfig.get_path('purelib')).st_mtime_ns
+
+
+class Warm(Warm):
     def declines(self, environment: dict) -> str: # why; '' if it does not
         "Whether a fork would be less than a fresh process in this environment."
         if self.cold is None:
@@ -217,6 +220,8 @@ class Warm:
             line.close()
         for stream in streams: os.close(stream)
 
+# %% ../../nbs/training/12_warm.ipynb #c18d
+class Warm(Warm):
     def gone(self, job: int) -> None:
         "Who asked for a fork is gone: so shall be the fork."
         if job not in self.jobs: return # it ended in the same moment
