@@ -79,8 +79,8 @@ def test_names_classes_and_amounts():
     assert [dual_view.class_of(m) for m in ('l2rec+no-user', 'lora', 'hllm', 'l2rec+ids-dense', 'sasrec', 'popularity', 'zebra')] == ['inductive'] * 3 + ['transductive'] * 4
     assert dual_view.pieces('l2rec+idsomething') == ('l2rec', False, 'idsomething') and dual_view.core_of('unisrec+ids-fraction-50') == 'unisrec+ids'
     assert dual_view.amount_of('l2rec+ids-top-4') == ('top', 4) and dual_view.amount_of('l2rec+no-user') is None and dual_view.amount_of('l2rec+rank') is None
-    assert [dual_view.name_of(m) for m in ('l2rec+ids', 'l2rec+rank-4', 'l2rec+ids-top-1', 'l2rec+experts-12', 'unisrec+ids-fraction-10', 'l2rec+zoo', 'zebra+x', 'learn')] == [
-        'L2Rec with ids', 'rank 4', 'Top-1 (with ids)', '12 experts a view', 'UniSRec-like with ids (10 % of the users)', 'zoo', 'zebra (x)', 'LEARN-like']
+    assert [dual_view.name_of(m) for m in ('l2rec+ids', 'l2rec+rank-4', 'l2rec+ids-top-1', 'l2rec+experts-12', 'unisrec+ids-fraction-10', 'l2rec+zoo', 'l2rec+behaviour-only-no-residual', 'l2rec+no-bpc-zoo', 'zebra+x', 'learn')] == [
+        'L2Rec with ids', 'rank 4', 'Top-1 (with ids)', '12 experts a view', 'UniSRec-like with ids (10 % of the users)', 'zoo', 'behaviour view only, no aging mean', 'no BPC, zoo', 'zebra (x)', 'LEARN-like']
 
 def test_selections_by_name(runs):
     assert dual_view.main_models(runs) == ['l2rec', 'lora', 'unisrec', 'learn', 'hllm', 'l2rec+ids', 'lora+ids', 'unisrec+ids', 'sasrec', 'ease', 'item-knn', 'item-knn-last', 'popularity']

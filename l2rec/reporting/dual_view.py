@@ -6,13 +6,13 @@
 __all__ = ['L2REC', 'WITH_IDS', 'MODELS', 'TEXT_MODELS', 'CLASSES', 'PLANNED', 'PARTS', 'SIZES', 'OWN_SIZE', 'EXAMPLE_GAIN',
            'EXAMPLE_LOSS', 'METRICS', 'MAIN', 'GAINS', 'ALSO', 'EDGES', 'SLICED', 'FEW_USERS', 'USE', 'EVERYBODY',
            'COST', 'ELSEWHERE', 'UNITS', 'PAPER_GAIN', 'SHARE', 'SHARE_MARGIN', 'QWEN_SHARE', 'L2REC_CLAIMS', 'pieces',
-           'of_pieces', 'core_of', 'class_of', 'amount_of', 'dual_order', 'name_of', 'models_of', 'main_models',
-           'ablations', 'example_values', 'example_router', 'example_names', 'example_dual_view_records', 'same_users',
-           'with_retrieval', 'l2rec_minus', 'best_comparator', 'one_seed_note', 'not_run_note', 'untuned_note',
-           'refit_note', 'value_cells', 'minus_rows', 'minus_table', 'dual_view_table', 'gain_said', 'sides_said',
-           'describe_dual_view', 'ablation_table', 'also_note', 'describe_ablation', 'own_size', 'sizes_table',
-           'describe_sizes', 'cold_slices', 'cold_table', 'describe_cold', 'shown_models', 'relative_values',
-           'user_means', 'fraction_model', 'sparsity', 'sparsity_figure', 'relative_gain', 'percent',
+           'of_pieces', 'core_of', 'class_of', 'amount_of', 'dual_order', 'told_part', 'name_of', 'models_of',
+           'main_models', 'ablations', 'example_values', 'example_router', 'example_names', 'example_dual_view_records',
+           'same_users', 'with_retrieval', 'l2rec_minus', 'best_comparator', 'one_seed_note', 'not_run_note',
+           'untuned_note', 'refit_note', 'value_cells', 'minus_rows', 'minus_table', 'dual_view_table', 'gain_said',
+           'sides_said', 'describe_dual_view', 'ablation_table', 'also_note', 'describe_ablation', 'own_size',
+           'sizes_table', 'describe_sizes', 'cold_slices', 'cold_table', 'describe_cold', 'shown_models',
+           'relative_values', 'user_means', 'fraction_model', 'sparsity', 'sparsity_figure', 'relative_gain', 'percent',
            'describe_sparsity', 'record_tables', 'expert_use', 'shown_groups', 'expert_use_figure', 'everybody',
            'evenness', 'use_differences', 'describe_expert_use', 'fusion_gates', 'gate_slices', 'fusion_figure',
            'describe_fusion', 'cost_of', 'cost_table', 'describe_cost', 'search_rows', 'speed_table', 'joined_before',
@@ -90,6 +90,11 @@ def dual_order(models: Iterable[str]) -> list[str]:
         return CLASSES.index(class_of(model)), place(base, MODELS), bool(what), place(what, SIZES) if what else place(part, ('', *PARTS)), n
     return sorted(set(models), key=key)
 
+def told_part(part: str) -> str:
+    "`no BPC` of 'no-bpc', `behaviour view only, no aging mean` of 'behaviour-only-no-residual'; a name that PARTS does not know is told as it is."
+    first = next((known for known in PARTS if part.startswith(f'{known}-')), None) if part not in PARTS else None
+    return f'{PARTS[first]}, {told_part(part[len(first) + 1:])}' if first else PARTS.get(part, part)
+
 def name_of(model: str) -> str:
     "What a reader calls it: `L2Rec with ids`, `no BPC`, `rank 4`, `LEARN-like (10 % of the users)`."
     base, ids, part = pieces(model)
@@ -97,7 +102,7 @@ def name_of(model: str) -> str:
     what, n = amount_of(model) or ('', 0)
     if what == 'fraction': return f'{whole} ({n} % of the users)'
     sized = {'experts': f'{n} experts a view', 'rank': f'rank {n}', 'top': f'Top-{n}'}
-    if base == L2REC and part: return sized.get(what, PARTS.get(part, part)) + (' (with ids)' if ids else '')
+    if base == L2REC and part: return sized.get(what, told_part(part)) + (' (with ids)' if ids else '')
     return whole + (f' ({part})' if part else '')
 
 def models_of(runs: Runs) -> list[str]: return dual_order(runs.metrics['model'].unique())
