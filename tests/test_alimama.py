@@ -111,7 +111,7 @@ def test_every_event_is_accounted_for(tmp_path):
 def test_questions_are_about_advertisements(tmp_path):
     data = read_dataset(prepare(originals(tmp_path / "raw", span=8 * DAY, impressions=400), tmp_path, progress=False))
     split = new_users(last_day(data), .4)
-    features = make_features(data, split, context=["pid"])
+    features = make_features(data, split)
     assert features.n_context == (3,) and set(features.attributes.names) <= set(FILES["user_profile.csv"])
     day = (data.interactions["timestamp"] - START) // DAY
     shown = data.interactions["pid"].is_not_null()
@@ -129,7 +129,7 @@ def test_mail_trains_on_it(tmp_path, ranker, fill):
     prepare(originals(tmp_path / "raw", users=60, impressions=1500, events=6000, span=4 * DAY), tmp_path, least=1, progress=False)
     data = read_dataset(tmp_path / "alimama")
     split = new_users(last_day(data), .4)
-    features = make_features(data, split, context=["pid"])
+    features = make_features(data, split)
     model, batches = set_up_clicks(split, features, model_class(ranker), fill, hyperparameters=dict(slots=10, hidden=(16, 8)),
                                    fill_hyperparameters=dict(encoder=(16, 8), decoder=(16,)) if fill == "mail-base" else {}, batch_size=128)
     module = CoTraining(model, batches)

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 from datetime import date
 
 import numpy as np
@@ -232,6 +233,19 @@ def test_items_without_anything():
     features = make_features(data, leave_last_out(data))
     assert features.n_categories == 0 and len(features.category) == 0 and not features.category_offsets.any() and features.n_brands == 1 and not features.brand.any()
     assert features.context is None and features.n_context == ()
+
+
+def test_the_manifest_names_the_context():
+    data = world()
+    split, told = leave_last_out(data), replace(data, manifest={**data.manifest, "context": ["place"]})
+    features = make_features(told, split, least=1)
+    assert [f.name for f in features.context_fields] == ["place"] and (features.context == make_features(data, split, context=["place"], least=1).context).all()
+    assert make_features(told, split, context=[]).context is None and make_features(data, split).context is None
+    for wrong in ("place", [1]):
+        with pytest.raises(DataError, match="manifest: context=.*a list of names"):
+            make_features(replace(data, manifest={**data.manifest, "context": wrong}), split)
+    with pytest.raises(DataError, match="column plce is missing"):
+        make_features(replace(data, manifest={**data.manifest, "context": ["plce"]}), split)
 
 
 def test_features_of_bad_data():

@@ -347,7 +347,7 @@ def prepare(source: str | Path,            # folder with the four original files
 
 ABOUT = {
     "title": "Ad Display/Click Data on Taobao.com", "canonical": PAGE, "license": "Terms of the Tianchi page, where a login is needed; not to be passed on.",
-    "citation": "Alimama, Ad Display/Click Data on Taobao.com, Tianchi data set 56", "time": "seconds since 1970",
+    "citation": "Alimama, Ad Display/Click Data on Taobao.com, Tianchi data set 56", "time": "seconds since 1970", "context": ["pid"],
     "feedback": "impressions: 5 = clicked, 1 = not clicked; events of the behaviour log: 5",
     "ties": "within a second a user's impressions come before events, then a seeded hash of (user, item), seed 0",
 }

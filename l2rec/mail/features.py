@@ -235,7 +235,7 @@ def item_brands(items: pl.DataFrame, # with the column brand
 def make_features(dataset: Dataset, split: Split,
                   columns: Sequence[str] | None = None, # attributes; None: all columns of the users table but ids
                   prefix: Mapping[str, int] = PREFIX,   # leading characters of an attribute that count
-                  context: Sequence[str] = (),          # further columns of the interactions
+                  context: Sequence[str] | None = None, # further columns of the interactions; None: those that the manifest of the data set names
                   bins: int = 10, least: int = 5,       # see `fit_attributes`; a context value of fewer training impressions is unknown
                   kinds: Mapping[str, str] = {},        # attribute or context column -> "category" or "number", against its type
                   ) -> Features:
@@ -243,6 +243,8 @@ def make_features(dataset: Dataset, split: Split,
     where = f"dataset {dataset.name}, "
     if dataset.n_interactions != len(split.items):
         raise DataError(f"{where}interactions: {dataset.n_interactions:,} rows, and the split has {len(split.items):,}. Make the split of this dataset.")
+    if context is None: context = dataset.manifest.get("context", ())
+    if isinstance(context, str) or not all(isinstance(c, str) for c in context): raise DataError(f"{where}manifest: context={context!r}; a list of names of the interactions' columns is needed")
     trained = split.train_user & (split.train_end > split.offsets[:-1])
     of_users = {c: k for c, k in kinds.items() if c not in context}
     attributes = fit_attributes(dataset.users, split.user_id[trained], columns, prefix, bins, least, of_users, f"{where}users")
