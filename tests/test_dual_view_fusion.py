@@ -2,11 +2,15 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from l2rec.dual_view.fusion import ACF, AgingMean
+from l2rec.data.batches import Targets
+from l2rec.data.splits import leave_last_out
+from l2rec.dual_view.fusion import ACF, AgingMean, mean_ranks
+from worlds import random_dataset
 
 VIEWS = ("semantic", "behaviour")
 
@@ -199,3 +203,15 @@ def test_later_items_do_not_age_earlier_means():
 @pytest.mark.parametrize("keep", [0., 1., -.1])
 def test_shares_to_keep_out_of_range(keep):
     with pytest.raises(ValueError, match=f"keep={keep}: above 0 and below 1"): AgingMean(keep)
+
+
+def test_ranks_of_the_aging_mean_one_user_at_a_time():
+    split = leave_last_out(random_dataset(n_users=30, n_items=40))
+    vectors, targets = torch.randn(split.n_items, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(4)), Targets(split, "validation", 6)
+    unit, found = [[v / math.hypot(*row) for v in row] for row in vectors.tolist()], mean_ranks(vectors, targets, .6)
+    for u in range(len(targets)):
+        batch = targets[np.array([u])]
+        mean = [sum(.6 ** age * unit[i][e] for age, i in enumerate(reversed(batch.history.tolist()))) for e in range(5)]
+        score, seen = [sum(a * b for a, b in zip(mean, row)) for row in unit], set(batch.seen.tolist())
+        (target,) = batch.target.tolist()
+        assert found[u] == 1 + sum(s > score[target] for i, s in enumerate(score) if i not in seen and i != target)

@@ -290,6 +290,15 @@ def test_cost(runs, own):
     assert elsewhere.rows[0][4:6] == ('50', '5.0') and elsewhere.rows[0][10] == '812'
     with pytest.raises(ValueError, match='time/train_seconds'): dual_view.cost_table(dual_view.within(runs, []))
 
+def test_what_a_budget_of_tokens_leaves(made, own):
+    table = dual_view.text_table(tables.read_experiment(made, 'demo', 'text_information', per_user=False))
+    assert table.name == 'text-budget' and table.rows[:3] == ((BOOKS, '8', '90', '.0200', '.0300', '48'), (BOOKS, '32', '50', '.0400', '.0500', '95'), (BOOKS, '128', '10', '.0420', '.0520', '100')) and len(table.rows) == 3
+    assert dual_view.describe_text(table).splitlines()[0] == f'- **{BOOKS}**: a text has 40 tokens on average; 32 are enough for nine tenths of the best, and the first 8 give 48 % of it.'
+    bare = record_path(own, 'demo', 'text_information', BOOKS, 'l2rec')
+    write_record(bare, {k: 0. if 'ndcg' in k else v for k, v in read_record(bare).metrics.items()}, provenance={'seed': 0})
+    nothing = dual_view.text_table(tables.read_experiment(own, 'demo', 'text_information', per_user=False))
+    assert nothing.rows[0][5] == '–' and 'tell nothing here' in dual_view.describe_text(nothing)
+
 def test_searches_as_the_house_table_reads_them(made, own):
     runs = tables.read_experiment(made, 'demo', 'dual_view_search', per_user=False)
     table = tables.search_table(dual_view.search_rows(runs), 'dual-view-search')
@@ -376,7 +385,7 @@ def test_the_report_of_one_of_each_kind_and_of_two_models_with_one_seed_and_no_f
     full, text = reports(own, few)
     assert 'Not drawn' not in full
     def written(results): return {p.name for p in (results / 'demo').glob('*/*') if p.is_file()}
-    for name in ('dual-view', 'dual-view-ablation', 'dual-view-sizes', 'dual-view-slices', 'dual-view-search', 'dual-view-cost', 'expert-efficiency'): assert {f'{name}.{s}' for s in ('csv', 'md', 'tex')} <= written(own), name
+    for name in ('dual-view', 'dual-view-ablation', 'dual-view-sizes', 'dual-view-slices', 'dual-view-search', 'dual-view-cost', 'text-budget', 'expert-efficiency'): assert {f'{name}.{s}' for s in ('csv', 'md', 'tex')} <= written(own), name
     for name in ('dual-view-sparsity', 'dual-view-history-length', 'dual-view-training', 'expert-use', 'fusion-gate'): assert {f'{name}.{s}' for s in ('csv', 'png', 'pdf')} <= written(own), name
-    assert text.count('Not drawn') == 9 and 'LEARN-like, its only comparator: +' in text and '**No floors**' in text and '**Not tuned**' in text and 'every trained row (2) rests on one seed' in text
+    assert text.count('Not drawn') == 10 and 'LEARN-like, its only comparator: +' in text and '**No floors**' in text and '**Not tuned**' in text and 'every trained row (2) rests on one seed' in text
     assert written(few) == {f'{n}.{s}' for n in ('dual-view', 'dual-view-slices') for s in ('csv', 'md', 'tex')} | {f'dual-view-history-length.{s}' for s in ('csv', 'png', 'pdf')}

@@ -98,6 +98,27 @@ def test_the_gpu_profile_of_cold_start_runs_at_tiny_size(tmp_path):
     assert read_record(runs / 'attribute_information/ml-1m/like-rate/seed-0').metrics['rate/gender/new/auc'] > .6
 
 
+def test_the_gpu_profile_of_two_views_runs_at_tiny_size(tmp_path):
+    "What texts can tell, and a searched comparator with ids, as the gpu profile plans them."
+    t = shop(length=12)
+    item = t['sku'].str.slice(8).cast(pl.Int64)
+    things = item.unique().sort()
+    write_dataset(make_dataset('amazon-beauty', pl.DataFrame({'user_id': np.repeat(np.arange(60), 12), 'item_id': item, 'position': np.tile(np.arange(12), 60)}),
+                               items=pl.DataFrame({'item_id': things, 'title': [f'thing of sort {i % 7}, number {i}' for i in things]})), tmp_path / 'data/amazon-beauty')
+    environment = {**os.environ, 'L2REC_DATA': str(tmp_path / 'data'), 'OMP_NUM_THREADS': '1'}
+    for key in ('text_information/amazon-beauty/l2rec/seed-0', 'dual_view_search/amazon-beauty/unisrec/seed-0', 'dual_view/amazon-beauty/unisrec+ids/seed-1'):
+        done = subprocess.run([sys.executable, '-m', 'l2rec.training.plan', 'run', '--profile', 'gpu', '--results', str(tmp_path / 'results'), key],
+                              cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    runs = tmp_path / 'results/gpu/runs'
+    told = read_record(runs / 'text_information/amazon-beauty/l2rec/seed-0').metrics
+    assert told['text/tokens'] == 8 and told['text/4/cut'] == 1 and told['text/16/cut'] == 0 and told['text/128/ndcg@10'] == pytest.approx(told['text/64/ndcg@10'])
+    chosen = json.loads((runs / 'dual_view_search/amazon-beauty/unisrec/seed-0/chosen.json').read_text())
+    record = read_record(runs / 'dual_view/amazon-beauty/unisrec+ids/seed-1')
+    assert record.provenance['parameters']['hyperparameters'] == {**chosen['hyperparameters'], 'ids': True} and record.provenance['parameters']['lr'] == chosen['lr']
+    assert record.metrics['test/ndcg@10'] > .5 and record.per_user().height == 60
+
+
 @pytest.mark.parametrize('given, words', [
     (dict(variant='mail-bass'), "did you mean 'mail-base'"),
     (dict(hyperparameters={'dropuot': .1}), "did you mean 'dropout'"),
