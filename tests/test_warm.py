@@ -155,6 +155,11 @@ def ended(number, seconds=10):
     return False
 
 
+def heed():
+    """Let a child obey the signals that these tests may have been told to ignore, as under `nohup`."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(number, signal.SIG_DFL)
+
+
 @linux
 @pytest.mark.parametrize('who, number', [('serve', signal.SIGKILL), ('serve', signal.SIGTERM), ('serve', signal.SIGHUP), ('command', signal.SIGKILL), ('asker', signal.SIGKILL),
                                          ('asker', signal.SIGTERM), ('asker', signal.SIGINT), ('group', signal.SIGINT), ('group', signal.SIGKILL), ('parent', signal.SIGKILL)])
@@ -165,7 +170,7 @@ def test_nothing_is_left(home, who, number):
          parent='import subprocess, sys\nsubprocess.run(sys.argv[1:])\n')
     env = {**os.environ, 'PYTHONPATH': str(Path(warm.__file__).parents[2]), 'TMPDIR': str(home.folder)}
     first = subprocess.Popen([sys.executable, 'parent.py', *SERVE, sys.executable, 'asker.py', *START, 'job'], cwd=home.folder, env=env, start_new_session=True,
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=heed)
     while not ((home.folder / 'ready').exists() and (home.folder / 'asker').exists()): time.sleep(0.01)
     job, serve = map(int, (home.folder / 'ready').read_text().split())
     command, asker = (int((home.folder / name).read_text()) for name in ('command', 'asker'))
