@@ -54,16 +54,21 @@ def test_a_wrong_parameter_is_named(tmp_path, given, words, monkeypatch):
     assert words in str(error.value)
 
 
+def run_of_the_gpu_profile(home: Path, *keys: str):
+    "Make these runs of the gpu profile from home/data into home/results, each in a process of its own."
+    environment = {**os.environ, 'L2REC_DATA': str(home / 'data'), 'OMP_NUM_THREADS': '1'}
+    for key in keys:
+        done = subprocess.run([sys.executable, '-m', 'l2rec.training.plan', 'run', '--profile', 'gpu', '--results', str(home / 'results'), key],
+                              cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_gpu_profile_runs_at_tiny_size(tmp_path):
     "Search and retrieval of the gpu profile with its own parameters, on a tiny dataset under a real one's name."
     t = shop(length=12)
     write_dataset(make_dataset('ml-1m', pl.DataFrame({'user_id': np.repeat(np.arange(60), 12), 'item_id': t['sku'].str.slice(8).cast(pl.Int64), 'position': np.tile(np.arange(12), 60)})),
                   tmp_path / 'data/ml-1m')
-    environment = {**os.environ, 'L2REC_DATA': str(tmp_path / 'data'), 'OMP_NUM_THREADS': '1'}
-    for key in ('search/ml-1m/sasrec/seed-0', 'retrieval/ml-1m/sasrec/seed-1'):
-        done = subprocess.run([sys.executable, '-m', 'l2rec.training.plan', 'run', '--profile', 'gpu', '--results', str(tmp_path / 'results'), key],
-                              cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    run_of_the_gpu_profile(tmp_path, 'search/ml-1m/sasrec/seed-0', 'retrieval/ml-1m/sasrec/seed-1')
     record = read_record(tmp_path / 'results/gpu/runs/retrieval/ml-1m/sasrec/seed-1')
     chosen = json.loads((tmp_path / 'results/gpu/runs/search/ml-1m/sasrec/seed-0/chosen.json').read_text())
     assert record.metrics['test/ndcg@10'] > .5 and record.per_user().height == 60
@@ -83,11 +88,7 @@ def clubs(path: Path, name: str, users: int = 80):
 def test_the_gpu_profile_of_cold_start_runs_at_tiny_size(tmp_path):
     "Search and a run with the paper's widths, and what attributes can tell, as the gpu profile plans them."
     clubs(tmp_path / 'data', 'ml-1m')
-    environment = {**os.environ, 'L2REC_DATA': str(tmp_path / 'data'), 'OMP_NUM_THREADS': '1'}
-    for key in ('cold_start_search/ml-1m/dcnv2/seed-0', 'cold_start/ml-1m/dcnv2+mail-base/seed-1', 'attribute_information/ml-1m/like-rate/seed-0'):
-        done = subprocess.run([sys.executable, '-m', 'l2rec.training.plan', 'run', '--profile', 'gpu', '--results', str(tmp_path / 'results'), key],
-                              cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    run_of_the_gpu_profile(tmp_path, 'cold_start_search/ml-1m/dcnv2/seed-0', 'cold_start/ml-1m/dcnv2+mail-base/seed-1', 'attribute_information/ml-1m/like-rate/seed-0')
     runs = tmp_path / 'results/gpu/runs'
     chosen = json.loads((runs / 'cold_start_search/ml-1m/dcnv2/seed-0/chosen.json').read_text())
     assert set(chosen) == {'', 'mail-base'} and pl.read_csv(runs / 'cold_start_search/ml-1m/dcnv2/seed-0/history.csv').height == 12     # as many trials for the one as for the other
@@ -105,11 +106,7 @@ def test_the_gpu_profile_of_two_views_runs_at_tiny_size(tmp_path):
     things = item.unique().sort()
     write_dataset(make_dataset('amazon-beauty', pl.DataFrame({'user_id': np.repeat(np.arange(60), 12), 'item_id': item, 'position': np.tile(np.arange(12), 60)}),
                                items=pl.DataFrame({'item_id': things, 'title': [f'thing of sort {i % 7}, number {i}' for i in things]})), tmp_path / 'data/amazon-beauty')
-    environment = {**os.environ, 'L2REC_DATA': str(tmp_path / 'data'), 'OMP_NUM_THREADS': '1'}
-    for key in ('text_information/amazon-beauty/l2rec/seed-0', 'dual_view_search/amazon-beauty/unisrec/seed-0', 'dual_view/amazon-beauty/unisrec+ids/seed-1'):
-        done = subprocess.run([sys.executable, '-m', 'l2rec.training.plan', 'run', '--profile', 'gpu', '--results', str(tmp_path / 'results'), key],
-                              cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    run_of_the_gpu_profile(tmp_path, 'text_information/amazon-beauty/l2rec/seed-0', 'dual_view_search/amazon-beauty/unisrec/seed-0', 'dual_view/amazon-beauty/unisrec+ids/seed-1')
     runs = tmp_path / 'results/gpu/runs'
     told = read_record(runs / 'text_information/amazon-beauty/l2rec/seed-0').metrics
     assert told['text/tokens'] == 8 and told['text/4/cut'] == 1 and told['text/16/cut'] == 0 and told['text/128/ndcg@10'] == pytest.approx(told['text/64/ndcg@10'])
