@@ -13,6 +13,7 @@ import torch
 from l2rec.data.batches import Clicks
 from l2rec.data.dataset import DataError, make_dataset
 from l2rec.data.splits import global_time, leave_last_fraction, leave_last_out, new_users, training_fraction
+from l2rec.hisam.histories import shortened
 from l2rec.mail.features import Attributes, Field, Impressions, Question, Questions, behaviour_slots, fit_attributes, fit_field, make_features
 from worlds import dataset, random_dataset
 
@@ -257,6 +258,16 @@ def test_features_of_bad_data():
         make_features(data, split, context=["plce"])
     with pytest.raises(DataError, match="Make the split of this dataset"):
         make_features(data, leave_last_out(random_dataset(n_users=10)))
+
+
+def test_features_of_a_split_with_shortened_histories():
+    data = world()
+    whole = leave_last_fraction(data)
+    short = shortened(whole, .5, 3)
+    assert len(short.items) < len(whole.items)
+    assert (make_features(data, short).codes == make_features(data, whole).codes).all()
+    with pytest.raises(DataError, match="the context of a question cannot be found.*context=\\[\\]"):
+        make_features(data, short, context=["place"])
 
 
 # ---- questions

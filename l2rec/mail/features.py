@@ -241,10 +241,13 @@ def make_features(dataset: Dataset, split: Split,
                   ) -> Features:
     "Codes for a split of `dataset`; the books are defined by the users and impressions of its training segments alone. Raises `DataError`."
     where = f"dataset {dataset.name}, "
-    if dataset.n_interactions != len(split.items):
-        raise DataError(f"{where}interactions: {dataset.n_interactions:,} rows, and the split has {len(split.items):,}. Make the split of this dataset.")
+    if (dataset.n_users, dataset.n_items) != (split.n_users, split.n_items):
+        raise DataError(f"{where}interactions: {dataset.n_users:,} users and {dataset.n_items:,} items, and the split has {split.n_users:,} and {split.n_items:,}. Make the split of this dataset.")
     if context is None: context = dataset.manifest.get("context", ())
     if isinstance(context, str) or not all(isinstance(c, str) for c in context): raise DataError(f"{where}manifest: context={context!r}; a list of names of the interactions' columns is needed")
+    if context and dataset.n_interactions != len(split.items):
+        raise DataError(f"{where}interactions: {dataset.n_interactions:,} rows, and the split has {len(split.items):,}, so the context of a question cannot be found. "
+                        "Make the split of this dataset, without shortened histories, or leave the context out with context=[].")
     trained = split.train_user & (split.train_end > split.offsets[:-1])
     of_users = {c: k for c, k in kinds.items() if c not in context}
     attributes = fit_attributes(dataset.users, split.user_id[trained], columns, prefix, bins, least, of_users, f"{where}users")
