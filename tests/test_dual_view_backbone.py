@@ -1,5 +1,6 @@
 """The backbone that is loaded, and the catalogue's tokens, against the library's own."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModel, BertConfig, BertModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, Qwen3Config, Qwen3Model
@@ -163,3 +164,20 @@ def test_a_tokenizer_that_merges_across_special_tokens_is_refused():
 def test_table_by_hand():
     table = TokenTable([[5, 6], [], [7]], [1], [2, 3], fill=9)
     assert table.ids.tolist() == [5, 6, 7] and table.offsets.tolist() == [0, 2, 2, 3] and table.length.tolist() == [2, 0, 1] and table.after.tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("p", [0., .3, .9, .999])
+def test_thinned_rows_are_rows_with_tokens_left_out(p):
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 1000, n).tolist() for n in rng.integers(0, 9, 400)]
+    table, items = TokenTable(rows, [7], [8], fill=3), torch.from_numpy(rng.permutation(400)[:300])
+    torch.manual_seed(0)
+    some = table.thinned(items, p)
+    assert len(some) == 300 and some.before.tolist() == [7] and some.after.tolist() == [8] and some.fill == 3
+    kept = [some.ids[a:b].tolist() for a, b in zip(some.offsets[:-1], some.offsets[1:])]
+    for item, own in zip(items.tolist(), kept):
+        left = iter(rows[item])
+        assert all(token in left for token in own) and bool(own) == bool(rows[item])                     # in their order
+    expected = sum(len(r) * (1 - p) + p ** len(r) for r in (rows[i] for i in items.tolist()) if r)       # one stays where all would go
+    assert abs(sum(map(len, kept)) - expected) < 4 * (sum(map(len, rows)) * p * (1 - p)) ** .5 + 1e-9
+    assert p == 0. or table.thinned(items, p).ids.tolist() != some.ids.tolist()

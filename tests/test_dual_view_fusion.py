@@ -15,9 +15,9 @@ from worlds import random_dataset
 VIEWS = ("semantic", "behaviour")
 
 
-def make(mode="acf", views=VIEWS, width=6, alone=0.):
+def make(mode="acf", views=VIEWS, width=6):
     torch.manual_seed(0)
-    fusion = ACF(width, mode, views, alone).double()
+    fusion = ACF(width, mode, views).double()
     for p in fusion.parameters():
         nn.init.normal_(p, std=.7)
     return fusion
@@ -54,40 +54,6 @@ def slow(fusion, s, b):
         gamma = [.5] * len(s) if fusion.mode == "mean" else [1 / (1 + math.exp(-z)) for z in product(p["gate.weight"], p["gate.bias"], tilde["semantic"] + tilde["behaviour"])]
         mixed = [g * x + (1 - g) * y for g, x, y in zip(gamma, tilde["semantic"], tilde["behaviour"])]
     return normed(mixed, p["norm.weight"], p["norm.bias"]), gamma
-
-
-def answers_alone(fusion, s, b):
-    """h of one user from one view, in the order of VIEWS; of concatenation, from a zero in place of the other."""
-    if fusion.mode == "concat":
-        p, none = dict(fusion.named_parameters()), [0.] * len(s)
-        own = [[v + d for v, d in zip(x.tolist(), product(p[f"project.{view}.weight"], p[f"project.{view}.bias"], x.tolist()))] for view, x in zip(VIEWS, (s, b))]
-        return [normed(product(p["mix.weight"], p["mix.bias"], x), p["norm.weight"], p["norm.bias"]) for x in (own[0] + none, none + own[1])]
-    both, fusion.views = fusion.views, VIEWS[:1]
-    first = slow(fusion, s, b)[0]
-    fusion.views = VIEWS[1:]
-    second = slow(fusion, s, b)[0]
-    fusion.views = both
-    return first, second
-
-
-@pytest.mark.parametrize("mode", ["acf", "mean", "concat"])
-def test_a_share_of_the_training_vectors_comes_from_one_view(mode):
-    fusion, (s, b) = make(mode, alone=.6), inputs(400)
-    torch.manual_seed(3)
-    h, gamma = fusion(s, b)
-    count = [0, 0, 0]
-    for u in range(400):
-        wanted = [*answers_alone(fusion, s[u], b[u]), slow(fusion, s[u], b[u])[0]]
-        which = [i for i in range(3) if torch.allclose(h[u], torch.tensor(wanted[i], dtype=torch.float64))]
-        assert len(which) == 1
-        count[which[0]] += 1
-        if mode != "concat" and which[0] < 2:
-            assert gamma[u].tolist() == [1. - which[0]] * 6
-    assert all(abs(n / 400 - share) < .08 for n, share in zip(count, (.3, .3, .4)))
-    fusion.eval()
-    assert torch.equal(fusion(s, b)[0], make(mode)(s, b)[0])
-    one = make(mode, VIEWS[:1], alone=1.)
-    assert torch.equal(one(s, None)[0], make(mode, VIEWS[:1])(s, None)[0])
 
 
 @pytest.mark.parametrize("mode", ["acf", "mean", "concat"])
@@ -141,9 +107,6 @@ def test_half_precision():
 def test_what_is_refused():
     with pytest.raises(ValueError, match="fusion mode 'sum': one of acf, mean, concat"):
         ACF(4, "sum")
-    for alone in (-.1, 1.5):
-        with pytest.raises(ValueError, match="alone=.*: a share, 0 to 1"):
-            ACF(4, alone=alone)
     for views in ((), ("text",)):
         with pytest.raises(ValueError, match="one or both of semantic, behaviour"):
             ACF(4, views=views)

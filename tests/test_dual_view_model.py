@@ -24,6 +24,7 @@ from worlds import random_dataset, ring
 pytestmark = pytest.mark.filterwarnings("ignore")
 WORDS = [f"w{i}" for i in range(40)]
 VIEWS = ("semantic", "behaviour")
+WIDTH = 16                                                              # of the tiny backbones
 
 
 def encoder(folder, kind="bert", seed=0, positions=64):
@@ -32,7 +33,7 @@ def encoder(folder, kind="bert", seed=0, positions=64):
     special = ["[UNK]", "[PAD]", "[CLS]", "[SEP]"] if kind == "bert" else ["[UNK]", "<end>"]
     tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate([*special, *WORDS, "a"])}, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tiny = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, max_position_embeddings=positions)
+    tiny = dict(vocab_size=50, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, max_position_embeddings=positions)
     if kind == "bert":
         tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
         model, named = BertModel(BertConfig(**tiny)), dict(pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
@@ -59,7 +60,9 @@ def each_backbone_is_read_once():
         yield
 
 
-def texts_of(split, width=12, seed=0, without=(3,)):
+def texts_of(split, width=12, seed=0, without=(3,), fused_in=None):
+    """Vectors of `width`, or of the backbone's where the views are fused among the items."""
+    if fused_in == "items": width = WIDTH
     rng = np.random.default_rng(seed)
     texts = ["" if i in without else " ".join(rng.choice(WORDS, rng.integers(1, 6))) for i in range(split.n_items)]
     vectors = torch.from_numpy(rng.standard_normal((split.n_items, width)).astype(np.float32))
@@ -77,7 +80,7 @@ readings = pytest.mark.parametrize("reading", ["prefixes", "whole"])
 
 
 def make(split, folder, kind="bert", shaken=True, items=None, **settings):
-    model = build(L2Rec, split, 0, items=items or texts_of(split), encoder=folder[kind], **{**SMALL, **settings})
+    model = build(L2Rec, split, 0, items=items or texts_of(split, fused_in=settings.get("fused_in")), encoder=folder[kind], **{**SMALL, **settings})
     if shaken:
         generator = torch.Generator().manual_seed(5)
         for name, p in model.named_parameters():
@@ -135,6 +138,19 @@ def aging_mean(model, vectors, history):
     return total / total.norm() if history else total
 
 
+def fused(model, views):
+    """The user vector without the aging mean, of both views of one user as the backbone gives them; and the views where they were fused."""
+    if model.settings.fused_in == "items":
+        text, way = views["semantic"] - model.items.mean, model.items.linear
+        x = [sum(text[i] * model.items.turn[i, j] for i in range(len(text))) for j in range(len(text))]
+        s = torch.stack([sum(w * y for w, y in zip(row, x)) + b for row, b in zip(way.weight, way.bias)])
+        if model.items.network is not None: s = s + model.items.network(torch.stack(x))
+        views = {"semantic": s, "behaviour": model.readout(views["behaviour"])}
+        views = {view: x / ((x * x).sum() / len(x) + 1e-6).sqrt() for view, x in views.items()}
+    h = model.fusion(views["semantic"][None], views["behaviour"][None])[0][0]
+    return (model.readout(h) if model.settings.fused_in == "backbone" else h), views
+
+
 def slow_pass(model, items, history):
     """(h, semantic, behaviour, gates of both views) of one user who is read whole, without batch, chunk or padding."""
     s = model.settings
@@ -152,7 +168,7 @@ def slow_pass(model, items, history):
     ids = [t for piece in kept for t in piece]
     ids = torch.tensor([ids if model.causal else [2, *ids, 3]])
     taken = newest[: model.places]
-    places = model.projector(vectors[taken if s.order == "newest" else taken[::-1]])[None] if history else vectors.new_zeros(1, 1, model.fusion.norm.weight.shape[0])
+    places = model.projector(vectors[taken if s.order == "newest" else taken[::-1]])[None] if history else vectors.new_zeros(1, 1, WIDTH)
     pool = lambda h: h[0, -1] if model.causal else h[0].mean(0)
     out, gates = [], []
     for view, given in (("semantic", {"input_ids": ids}), ("behaviour", {"inputs_embeds": places})):
@@ -161,15 +177,14 @@ def slow_pass(model, items, history):
             newest = 0 if s.order == "newest" and not model.causal else -1            # the place of the newest item
             out.append(pool(hidden) if view == "semantic" else hidden[0, newest])
         gates.append([g[0] for g in routes.gates])
-    h, _ = model.fusion(*(x[None].to(vectors.dtype) for x in out))
-    h = model.readout(h)[0]
-    return h / math.sqrt(D) + aging_mean(model, vectors, history) if s.residual else h, *out, gates
+    h, views = fused(model, {view: x.to(vectors.dtype) for view, x in zip(VIEWS, out)})
+    return h / math.sqrt(D) + aging_mean(model, vectors, history) if s.residual else h, *(views[v] for v in VIEWS), gates
 
 
 @pytest.mark.parametrize("kind", ["bert", "qwen3"])
-@pytest.mark.parametrize("how", [{}, dict(order="newest"), dict(max_length=3, max_tokens=9), dict(chunk_tokens=8), dict(chunk_tokens=10**6), dict(width=10, ids=True), dict(residual=False)], ids=str)
+@pytest.mark.parametrize("how", [{}, dict(order="newest"), dict(max_length=3, max_tokens=9), dict(chunk_tokens=8), dict(chunk_tokens=10**6), dict(width=10, ids=True), dict(residual=False), dict(fused_in="items"), dict(fused_in="items", width=10, head_hidden=6)], ids=str)
 def test_the_pass_is_that_of_one_user_at_a_time(split, folders, kind, how):
-    items = texts_of(split)
+    items = texts_of(split, fused_in=how.get("fused_in"))
     model, histories = make(split, folders, kind, items=items, reading="whole", **how).double().eval(), random_histories(shortest=1)
     histories = [h for h in histories if any(items.texts[i] for i in h[-2:])]
     with torch.no_grad():
@@ -199,6 +214,25 @@ def test_alone_as_in_company(split, folders, reading):
     torch.testing.assert_close(torch.cat([model.encode(batch_of([h])) for h in histories]), together, rtol=1e-4, atol=1e-5)
     order = np.random.default_rng(0).permutation(12)
     torch.testing.assert_close(model.encode(batch_of([histories[i] for i in order])), together[order], rtol=1e-4, atol=1e-5)
+
+
+@readings
+def test_tokens_left_out_in_training_alone(split, folders, reading):
+    model, batch = make(split, folders, reading=reading, token_dropout=.5, item_tokens=8, max_tokens=60), batch_of(random_histories(shortest=2))
+    plain = make(split, folders, reading=reading, item_tokens=8, max_tokens=60)
+    read, whole = [], model.backbone.forward
+    model.backbone.forward = lambda **given: (read.append(given), whole(**given))[1]
+    def tokens(model_or_plain):
+        read.clear()
+        with torch.no_grad(): out = model_or_plain.represent(batch)
+        return out, [given["input_ids"] for given in read if "input_ids" in given]
+    torch.manual_seed(0)
+    (first, some), (second, _) = tokens(model), tokens(model)
+    assert not first["semantic"].allclose(second["semantic"]) and first["behaviour"].equal(second["behaviour"])
+    model.eval(), plain.eval()
+    out, full = tokens(model)
+    assert sum(x.numel() for x in some) < sum(x.numel() for x in full)
+    with torch.no_grad(): torch.testing.assert_close(out["h"], plain.represent(batch)["h"])
 
 
 # --- leaks ------------------------------------------------------------------------------------------------------------------
@@ -456,10 +490,11 @@ def test_histories_longer_than_the_position_table(split, tmp_path, reading):
 
 
 @pytest.mark.parametrize("wrong, message", [(dict(cuts=0), "cuts=0: at least 1"), (dict(max_tokens=0), "max_tokens=0"), (dict(rank=0), "rank=0"), (dict(bpc_weight=-1.), "bpc_weight=-1.0: at least 0"),
+                                            (dict(fused_in="text"), "fused_in.*'text'"),
                                             (dict(targets="all"), "targets 'all'"), (dict(adapter="loar"), "did you mean 'lora'"), (dict(views=("semantics",)), "did you mean 'semantic'"), (dict(views=()), "views"),
                                             (dict(fusion="sum"), "fusion mode 'sum'"), (dict(top_n=9), "top_n=9"), (dict(dropout=1.), "dropout=1.0"), (dict(text_dropout=1.), "text_dropout=1.0"), (dict(temperature=0.), "temperature=0.0"),
                                             (dict(routing="rando"), "did you mean 'random'"), (dict(attention="flash"), "attention='flash'"), (dict(chunk_tokens=0), "chunk_tokens=0"), (dict(layers=[7]), "layers"),
-                                            (dict(place_dropout=1.), "place_dropout=1.0"), (dict(reading="prefix"), "did you mean 'prefixes'"), (dict(order="newest"), "order='newest': prefixes begin with the oldest item; .* reading='whole'"),
+                                            (dict(place_dropout=1.), "place_dropout=1.0"), (dict(token_dropout=1.), "token_dropout=1.0"), (dict(reading="prefix"), "did you mean 'prefixes'"), (dict(order="newest"), "order='newest': prefixes begin with the oldest item; .* reading='whole'"),
                                             (dict(pooling="cls"), "pooling 'cls': one of auto, newest, mean, last"), (dict(behaviour_pooling="cls"), "behaviour_pooling 'cls': one of")])
 def test_settings_out_of_range(split, folders, wrong, message):
     with pytest.raises(ValueError, match=message):
@@ -470,6 +505,8 @@ def test_texts_of_other_items(split, folders):
     other = leave_last_out(ring(40, 12, 8))
     with pytest.raises(DataError, match="another catalogue"):
         make(split, folders, items=texts_of(other))
+    with pytest.raises(ValueError, match="fused_in='items': .*width 12 and the backbone's are 16 wide"):
+        make(split, folders, items=texts_of(split), fused_in="items")
     with pytest.raises(ValueError, match="an empty batch"):
         make(split, folders).encode(batch_of([[1]]).__class__(*(x[:0] for x in (torch.arange(1), torch.arange(1))), torch.zeros(1, dtype=torch.long), torch.arange(0)))
 

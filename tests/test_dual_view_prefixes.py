@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from test_dual_view_dpmoe import beginning, slow_prefixes
-from test_dual_view_model import VIEWS, aging_mean, batch_of, each_backbone_is_read_once, folders, make, random_histories, split, texts_of  # noqa: F401 (fixtures among them)
+from test_dual_view_model import VIEWS, aging_mean, batch_of, each_backbone_is_read_once, folders, fused, make, random_histories, split, texts_of  # noqa: F401 (fixtures among them)
 from transformers import OPTConfig, OPTModel
 
 from l2rec.data.batches import Batch, Windows
@@ -65,15 +65,15 @@ def slow_represent(model, items, history):
             out.setdefault(k, {})[view] = own[-1] if model.causal else sum(own) / len(own)
             out[k][view + " gates"] = [torch.tensor(g[k], dtype=vectors.dtype) for g in gates]
     for k in sorted(set(told) & set(places)):
-        h = model.readout(model.fusion(out[k]["semantic"][None], out[k]["behaviour"][None])[0])[0]
-        out[k] |= {"h": h / math.sqrt(D) + aging_mean(model, vectors, history[: k + 1]) if s.residual else h, "user": users[k]}
+        h, views = fused(model, out[k])
+        out[k] |= views | {"h": h / math.sqrt(D) + aging_mean(model, vectors, history[: k + 1]) if s.residual else h, "user": users[k]}
     return {k: one for k, one in out.items() if "h" in one}
 
 
 @pytest.mark.parametrize("kind, how", [("bert", dict()), ("qwen3", dict()), ("bert", dict(max_length=3, max_tokens=9)), ("qwen3", dict(max_length=4, max_tokens=7, residual=False)), ("bert", dict(max_tokens=3)),
-                                       ("bert", dict(chunk_tokens=12, ids=True, width=10, ffn=True, top_n=3, residual=False)), ("qwen3", dict(chunk_tokens=8, width=10, shared=2))], ids=str)
+                                       ("bert", dict(chunk_tokens=12, ids=True, width=10, ffn=True, top_n=3, residual=False)), ("qwen3", dict(chunk_tokens=8, width=10, shared=2)), ("bert", dict(fused_in="items")), ("qwen3", dict(fused_in="items", width=10, head_hidden=6))], ids=str)
 def test_every_prefix_by_hand(split, folders, kind, how):
-    items = texts_of(split)
+    items = texts_of(split, fused_in=how.get("fused_in"))
     model = make(split, folders, kind, items=items, **how).double().eval()
     histories = [[], [3], *random_histories(4, 5, shortest=2, seed=3), [5, 3, 3, 9], []]
     with torch.no_grad():
@@ -107,7 +107,8 @@ def same(first, second, rows=slice(None), rtol=1e-4, atol=1e-5):
 
 @KINDS
 @pytest.mark.parametrize("how", [dict(), dict(adapter="lora"), dict(adapter="none"), dict(width=10, ids=True, head_hidden=6), dict(chunk_tokens=1), dict(chunk_tokens=30), dict(attention="sdpa"), dict(ffn=True, routing="dense", layers=[1]),
-                                 dict(semantic=0, signals=("context",)), dict(views=("semantic",)), dict(views=("behaviour",)), dict(residual=False, fusion="concat"), dict(pooling="mean", behaviour_pooling="mean"), dict(pooling="last")], ids=str)
+                                 dict(semantic=0, signals=("context",)), dict(views=("semantic",)), dict(views=("behaviour",)), dict(residual=False, fusion="concat"), dict(pooling="mean", behaviour_pooling="mean"), dict(pooling="last"),
+                                 dict(fused_in="items"), dict(fused_in="items", views=("semantic",), width=10)], ids=str)
 def test_every_prefix_as_if_it_were_alone(split, folders, kind, how):
     model = make(split, folders, kind, **{**ROOM, **how}).eval()
     histories = [*random_histories(7, seed=4), [], [3], [3, 3, 8]]                                 # unequal lengths, nobody's, items without text

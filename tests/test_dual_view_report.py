@@ -299,6 +299,14 @@ def test_what_a_budget_of_tokens_leaves(made, own):
     nothing = dual_view.text_table(tables.read_experiment(own, 'demo', 'text_information', per_user=False))
     assert nothing.rows[0][5] == '–' and 'tell nothing here' in dual_view.describe_text(nothing)
 
+def test_where_the_views_begin(made, own):
+    table = dual_view.start_table(tables.read_experiment(made, 'demo', 'text_information', per_user=False))
+    assert table.name == 'view-start' and table.rows[:2] == ((BOOKS, 'semantic', 'as the backbone gives it', '.13', '.0020'), (BOOKS, 'semantic', 'as an item vector', '1.00', '.0450')) and len(table.rows) == 4
+    assert dual_view.describe_start(table) == f'- **{BOOKS}**, NDCG@10 untrained: the semantic view .0020 as the backbone gives it and .0450 as an item vector; the behaviour view .0500 as the backbone gives it and .0500 as an item vector.'
+    path = record_path(own, 'demo', 'text_information', BOOKS, 'l2rec')
+    write_record(path, {k: v for k, v in read_record(path).metrics.items() if not k.startswith('start/')}, provenance={'seed': 0})
+    with pytest.raises(ValueError, match='no run of text_information asked where the views begin'): dual_view.start_table(tables.read_experiment(own, 'demo', 'text_information', per_user=False))
+
 def test_searches_as_the_house_table_reads_them(made, own):
     runs = tables.read_experiment(made, 'demo', 'dual_view_search', per_user=False)
     table = tables.search_table(dual_view.search_rows(runs), 'dual-view-search')
@@ -339,6 +347,25 @@ def test_a_claim_takes_the_pair_with_ids_where_the_other_was_not_run(runs):
     assert effect.seeds == f'{SEEDS} against {SEEDS}, with ids' and effect.value == pytest.approx((values_of(runs, 'l2rec+ids') - values_of(runs, 'l2rec+ids-no-bpc')).mean(), abs=1e-7)
     (effect,) = dual_view.part_helps('no-bpc')(dual_view.within(runs, ['l2rec', 'learn']))
     assert effect.value is None and effect.reason == 'no record of l2rec+no-bpc'
+
+def test_floors_are_compared_like_with_like(own):
+    def path(experiment, model, seed=0): return record_path(own, 'demo', experiment, BOOKS, *dual_view.split_name(model), seed)
+    def read(): return dual_view.over_floor('l2rec+ids', 'item-knn')(tables.read_experiment(own, 'demo', 'dual_view'))[0]
+    def told(*where, refit): rewritten(path(*where), provenance={'seed': where[2] if len(where) > 2 else 0, 'parameters': {'refit': refit}})
+    assert read().reason == 'no record of item-knn that was refitted, as l2rec+ids was'
+    told('retrieval', 'item-knn', refit=True)
+    knn = read_record(path('retrieval', 'item-knn'))
+    better = knn.per_user().with_columns(**{'ndcg@10': pl.col('ndcg@10') * .5})
+    write_record(path('retrieval', 'item-knn+no-refit'), knn.metrics, better, None, {'seed': 0, 'parameters': {'refit': False}})
+    def relative(floor):
+        found = dual_view.with_retrieval(tables.read_experiment(own, 'demo', 'dual_view'), ('no-refit',))[0]
+        return values_of(found, 'l2rec+ids').mean() / values_of(found, floor).mean() - 1
+    assert read().value == pytest.approx(relative('item-knn'), abs=1e-6) and read().seeds.endswith(', both refitted')
+    for seed in range(SEEDS): told('dual_view', 'l2rec+ids', seed, refit=False)
+    assert read().value == pytest.approx(relative('item-knn+no-refit'), abs=1e-6) and read().seeds.endswith(', neither refitted') and relative('item-knn') < relative('item-knn+no-refit')
+    assert 'item-knn+no-refit' not in set(dual_view.with_retrieval(tables.read_experiment(own, 'demo', 'dual_view'))[0].metrics['model'])
+    shutil.rmtree(path('retrieval', 'item-knn+no-refit').parent)
+    assert read().reason == 'no record of item-knn that was not refitted, as l2rec+ids was not'
 
 def test_claims_on_a_partial_grid(runs):
     few = dual_view.within(runs, ['l2rec', 'l2rec+no-balance', 'learn'])
@@ -385,7 +412,7 @@ def test_the_report_of_one_of_each_kind_and_of_two_models_with_one_seed_and_no_f
     full, text = reports(own, few)
     assert 'Not drawn' not in full
     def written(results): return {p.name for p in (results / 'demo').glob('*/*') if p.is_file()}
-    for name in ('dual-view', 'dual-view-ablation', 'dual-view-sizes', 'dual-view-slices', 'dual-view-search', 'dual-view-cost', 'text-budget', 'expert-efficiency'): assert {f'{name}.{s}' for s in ('csv', 'md', 'tex')} <= written(own), name
+    for name in ('dual-view', 'dual-view-ablation', 'dual-view-sizes', 'dual-view-slices', 'dual-view-search', 'dual-view-cost', 'text-budget', 'view-start', 'expert-efficiency'): assert {f'{name}.{s}' for s in ('csv', 'md', 'tex')} <= written(own), name
     for name in ('dual-view-sparsity', 'dual-view-history-length', 'dual-view-training', 'expert-use', 'fusion-gate'): assert {f'{name}.{s}' for s in ('csv', 'png', 'pdf')} <= written(own), name
-    assert text.count('Not drawn') == 10 and 'LEARN-like, its only comparator: +' in text and '**No floors**' in text and '**Not tuned**' in text and 'every trained row (2) rests on one seed' in text
+    assert text.count('Not drawn') == 11 and 'LEARN-like, its only comparator: +' in text and '**No floors**' in text and '**Not tuned**' in text and 'every trained row (2) rests on one seed' in text
     assert written(few) == {f'{n}.{s}' for n in ('dual-view', 'dual-view-slices') for s in ('csv', 'md', 'tex')} | {f'dual-view-history-length.{s}' for s in ('csv', 'png', 'pdf')}

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..data.batches import window_index
 from ..data.dataset import DataError
 from ..data.item_vectors import MINILM, _load, encoder_folder
 
@@ -118,6 +119,20 @@ class TokenTable(nn.Module):
 
     @property
     def length(self) -> Tensor: return self.offsets.diff()   # Int[I]
+
+    def thinned(self, items: Tensor, # Int[n] rows
+                p: float,            # probability that a token is left out
+                ) -> "TokenTable":
+        "A table of these rows with some of their tokens, in order; at least one of each row that has any. Drawn from torch's generator of the device."
+        index, offsets = window_index(self.offsets[items], self.offsets[items + 1])
+        owner = torch.repeat_interleave(torch.arange(len(items), device=items.device), offsets.diff(), output_size=len(index))
+        draw = torch.rand(len(index), device=items.device)
+        best = draw.new_zeros(len(items)).scatter_reduce_(0, owner, draw, "amax")
+        keep = (draw >= p) | (draw == best[owner])
+        some = TokenTable([], fill=self.fill)
+        some.ids, some.before, some.after = self.ids[index[keep]], self.before, self.after
+        some.offsets = torch.cat([offsets.new_zeros(1), keep.cumsum(0)])[offsets]
+        return some
 
 
 def token_table(texts: Sequence[str],   # one an item; '' where nothing is known

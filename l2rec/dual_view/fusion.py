@@ -23,13 +23,11 @@ class ACF(nn.Module):
     "Adaptive cross-view fusion of two vectors of `width` elements, or of the one view there is."
 
     def __init__(self, width: int, mode: str = "acf", # "acf", "mean" or "concat"
-                 views: tuple[str, ...] = VIEWS,      # the views that will be given
-                 alone: float = 0.):                  # share of the vectors that are trained with one of two views left out, either as often
+                 views: tuple[str, ...] = VIEWS):     # the views that will be given
         super().__init__()
-        if not 0 <= alone <= 1: raise ValueError(f"alone={alone}: a share, 0 to 1")
         if mode not in MODES: raise ValueError(f"fusion mode {mode!r}: one of {', '.join(MODES)}")
         if not views or set(views) - set(VIEWS): raise ValueError(f"views={views!r}: one or both of {', '.join(VIEWS)}")
-        self.mode, self.views, self.alone = mode, tuple(views), alone
+        self.mode, self.views = mode, tuple(views)
         self.project = nn.ModuleDict({view: nn.Linear(width, width) for view in views})     # P_s, P_b
         both = len(self.views) == 2
         self.gate = nn.Linear(2 * width, width) if both and mode == "acf" else None         # W, b
@@ -50,14 +48,11 @@ class ACF(nn.Module):
             (view, x), = h.items()
             return self.norm(x), torch.full_like(x, float(view == "semantic"))
         s, b = h["semantic"], h["behaviour"]
-        chance = torch.rand(len(s), 1, device=s.device) if self.training and self.alone else torch.ones(len(s), 1, device=s.device)
-        without_s, without_b = chance < self.alone / 2, (chance >= self.alone / 2) & (chance < self.alone)
-        if self.mix is not None: return self.norm(self.mix(torch.cat([s.masked_fill(without_s, 0), b.masked_fill(without_b, 0)], -1))), torch.full_like(s, .5)
+        if self.mix is not None: return self.norm(self.mix(torch.cat([s, b], -1))), torch.full_like(s, .5)
         gamma = torch.full_like(s, .5) if self.gate is None else torch.sigmoid(self.gate(torch.cat([s, b], -1)))
-        gamma = gamma.masked_fill(without_s, 0).masked_fill(without_b, 1)
         return self.norm(gamma * s + (1 - gamma) * b), gamma
 
-# %% ../../nbs/dual_view/06_fusion.ipynb #c16
+# %% ../../nbs/dual_view/06_fusion.ipynb #c14
 class AgingMean(nn.Module):
     "The mean of a history's item vectors, older ones counting less; how much less is learned."
 
@@ -85,7 +80,7 @@ class AgingMean(nn.Module):
         "h of size 1 an element, made a vector of about length 1, and the mean: Float[K, D]."
         return h * h.shape[-1] ** -.5 + self(vectors, offsets)[at]
 
-# %% ../../nbs/dual_view/06_fusion.ipynb #c18
+# %% ../../nbs/dual_view/06_fusion.ipynb #c16
 @torch.no_grad()
 def mean_ranks(vectors: Tensor,  # Float[I, D], of all items
                targets: Targets, # who is asked, with what history

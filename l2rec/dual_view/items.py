@@ -121,10 +121,17 @@ class ItemHead(nn.Module):
              ) -> Tensor:
         "Float[..., D]"
         text = self.text[index] if raw is None else (raw - self.mean) @ self.turn
-        x = dropout(torch.where(self.known[index][..., None], text, self.no_text), self.p, self.training)
-        out = self.linear(x)
-        if self.network is not None: out = out + self.network(x)
+        out = self._head(torch.where(self.known[index][..., None], text, self.no_text))
         return out if self.id is None else out + self.id(index)
+
+    def _head(self, x: Tensor) -> Tensor:
+        x = dropout(x, self.p, self.training)
+        return self.linear(x) if self.network is None else self.linear(x) + self.network(x)
+
+    def read(self, raw: Tensor # Float[..., d], of any text
+             ) -> Tensor:
+        "Float[..., D]: the vector that an item of this text would have, without id."
+        return self._head((raw - self.mean) @ self.turn)
 
     def vectors(self) -> Tensor:
         "Float[I, D], the whole catalogue."

@@ -20,7 +20,7 @@ import peft
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import dropout, normalize
+from torch.nn.functional import dropout, normalize, rms_norm
 
 from ..data.batches import Batch, SequenceData, padded, window_index
 from ..data.dataset import DataError, Dataset, whole_folder
@@ -32,8 +32,8 @@ from .fusion import ACF, AgingMean
 from .items import ItemHead, ItemTexts, cosine_in_batch, cosine_softmax, learned_temperature, make_item_texts
 from .preference import bpc_loss
 from .router import SIGNALS, Router, one_of
-from .views import (BehaviourProjector, amounts_before, behaviour_input, embedding_size, filled, item_prefixes, length_chunks, owner_of, pool_view, semantic_input, sums,
-                                    text_prefixes)
+from .views import BehaviourProjector, amounts_before, behaviour_input, embedding_size, filled, item_prefixes, length_chunks
+from .views import owner_of, pool_view, semantic_input, sums, text_prefixes
 from ..training.contracts import Retrieval, build
 from ..training.modules import RetrievalModule, set_up
 
@@ -122,10 +122,11 @@ class L2Rec(Retrieval):
         for name in ("bpc_weight", "balance_weight"):
             if getattr(s, name) < 0: raise ValueError(f"{name}={getattr(s, name)}: at least 0")
         one_of(s.targets, ("catalogue", "batch"), "targets")
+        one_of(s.fused_in, ("backbone", "items"), "fused_in")
         if one_of(s.reading, ("prefixes", "whole"), "reading") == "prefixes":
             if s.order != "oldest": raise ValueError(f"order={s.order!r}: prefixes begin with the oldest item; order='newest' is for reading='whole'")
             for name in ("pooling", "behaviour_pooling"): one_of(getattr(s, name), ("auto", "newest", "mean", "last"), name)
-        for name in ("dropout", "place_dropout", "text_dropout"):
+        for name in ("dropout", "place_dropout", "text_dropout", "token_dropout"):
             if not 0 <= getattr(s, name) < 1: raise ValueError(f"{name}={getattr(s, name)}: at least 0 and below 1")
         backbone, tokenizer = load_backbone(s.encoder, s.blocks, attention=s.attention)
         positions = getattr(backbone.config, "max_position_embeddings", None) or 1 << 30
@@ -138,7 +139,8 @@ class L2Rec(Retrieval):
         self.tokens = token_table(items.texts, tokenizer, s.item_tokens) if "semantic" in s.views else None
         d, D = width_of(backbone), self.items.width
         self.projector = BehaviourProjector(D, d, size=embedding_size(backbone)) if "behaviour" in s.views else None
-        self.fusion = ACF(d, s.fusion, tuple(s.views), s.alone)
+        if s.fused_in == "items" and d != items.width: raise ValueError(f"fused_in='items': the item head reads text vectors of width {items.width} and the backbone's are {d} wide; make the texts' vectors with this backbone, or use fused_in='backbone'")
+        self.fusion = ACF(D if s.fused_in == "items" else d, s.fusion, tuple(s.views))
         self.readout = nn.Identity() if d == D else nn.Linear(d, D)
         if d != D and self.projector is not None: self._begin_aligned()
         self.aging = AgingMean() if s.residual else None
@@ -171,9 +173,9 @@ class L2Rec(L2Rec):
                    routing: str = "learned",            # or "dense", "random", "equal"
                    adapter: str = "dpmoe",              # or "lora", "none"
                    fusion: str = "acf",                 # or "mean", "concat"
+                   fused_in: str = "backbone",          # the space in which the views meet; or "items"
                    residual: bool = True,               # the views correct the history's aging mean, see `AgingMean`
                    views: tuple[str, ...] = VIEWS,
-                   alone: float = 0.,                   # share of the training vectors that one view must answer for without the other, see `ACF`
                    bpc_weight: float = .1, bpc_temperature: float = .1,
                    balance_weight: float = .01,
                    max_tokens: int = 256, item_tokens: int = 16, # semantic view: of a history, of an item
@@ -184,6 +186,7 @@ class L2Rec(L2Rec):
                    dropout: float = .5,                 # on the user vector
                    place_dropout: float = .5,           # on the behaviour view's input
                    text_dropout: float = .2,            # on text vectors in the item head
+                   token_dropout: float = 0.,           # of an item's tokens in the semantic view, left out
                    adapter_dropout: float = 0.,         # on what the experts read
                    ffn: bool = False,                   # adapt the feed-forward network too
                    layers: int | list[int] | None = None, # blocks with experts; None: all
@@ -268,6 +271,9 @@ class L2Rec(L2Rec):
     def read_text(self, slots: Tensor, offsets: Tensor, real: Tensor, user: Tensor):
         "The semantic view: (rows Int[K], Float[K, d], routes); a row is a slot, or a history where it is read whole."
         s, table = self.settings, self.tokens
+        if self.training and s.token_dropout:
+            items, slots = torch.unique(slots, return_inverse=True)
+            table = table.thinned(items, s.token_dropout)
         told = table.length[slots].clamp(min=int(self.by_prefix)) * real
         length = sums(told, offsets).clamp(max=s.max_tokens)
 
@@ -299,12 +305,17 @@ class L2Rec(L2Rec):
 
 # %% ../../nbs/dual_view/08_model.ipynb #c26
 class L2Rec(L2Rec):
+    def _meeting(self, view: str, x: Tensor) -> Tensor:
+        "A view where it is fused, Float[K, d]; or as an item vector, the text's through the items' head, with elements of size 1, Float[K, D]."
+        if self.settings.fused_in == "backbone": return x
+        return rms_norm(self.items.read(x) if view == "semantic" else self.readout(x), (self.items.width,), eps=1e-6)
+
     def represent(self, batch: Batch,
                   vectors: Tensor | None = None, # Float[N, D] of the flat histories, where they are at hand
                   every: bool = False,           # all prefixes of the histories (those that both views have room for), not the whole ones alone
                   ) -> dict:
         """
-        User vectors `h` Float[K, D], the views `semantic` and `behaviour` Float[K, d] or None, `gamma` Float[K, d], the signal `user` Float[K, D], `routes` by view.
+        User vectors `h` Float[K, D], the views `semantic` and `behaviour` Float[K, d] or None, `gamma` Float[K, d] (with `fused_in="items"` D in place of d), the signal `user` Float[K, D], `routes` by view.
 
         K = B, or with `every` the prefixes that end `at` Int[K], places in the flat history. ValueError for an empty batch, and for `every` where histories are read whole.
         """
@@ -324,8 +335,10 @@ class L2Rec(L2Rec):
             place = torch.searchsorted(rows, wanted)
             out[view] = pooled[place]
             if routed is not None: routes[view] = ViewRoutes.joined([routed], place)
-        h, gamma = self.fusion(*(x if x is None else x.to(self.fusion.norm.weight.dtype) for x in out.values()))
-        h = self.readout(dropout(h, self.settings.dropout, self.training))
+        out = {view: x if x is None else self._meeting(view, x.to(self.fusion.norm.weight.dtype)) for view, x in out.items()}
+        h, gamma = self.fusion(*out.values())
+        h = dropout(h, self.settings.dropout, self.training)
+        if self.settings.fused_in == "backbone": h = self.readout(h)
         if self.aging is not None: h = self.aging.corrected(h, of_slots, offsets, wanted if self.by_prefix else offsets[1:] - 1)
         return {"h": h, **out, "gamma": gamma, "user": user[wanted], "routes": routes, **({"at": (real.cumsum(0) - 1)[wanted]} if every else {})}
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['L2REC', 'WITH_IDS', 'MODELS', 'TEXT_MODELS', 'CLASSES', 'PLANNED', 'PARTS', 'SIZES', 'OWN_SIZE', 'EXAMPLE_GAIN',
            'EXAMPLE_LOSS', 'METRICS', 'MAIN', 'GAINS', 'ALSO', 'EDGES', 'SLICED', 'FEW_USERS', 'USE', 'EVERYBODY',
-           'COST', 'ELSEWHERE', 'UNITS', 'PAPER_GAIN', 'SHARE', 'SHARE_MARGIN', 'QWEN_SHARE', 'L2REC_CLAIMS', 'pieces',
-           'of_pieces', 'core_of', 'class_of', 'amount_of', 'dual_order', 'told_part', 'name_of', 'models_of',
+           'COST', 'ELSEWHERE', 'UNITS', 'MEET', 'PAPER_GAIN', 'SHARE', 'SHARE_MARGIN', 'QWEN_SHARE', 'L2REC_CLAIMS',
+           'pieces', 'of_pieces', 'core_of', 'class_of', 'amount_of', 'dual_order', 'told_part', 'name_of', 'models_of',
            'main_models', 'ablations', 'example_values', 'example_router', 'example_names', 'example_dual_view_records',
            'same_users', 'with_retrieval', 'l2rec_minus', 'best_comparator', 'one_seed_note', 'not_run_note',
            'untuned_note', 'refit_note', 'value_cells', 'minus_rows', 'minus_table', 'dual_view_table', 'gain_said',
@@ -16,8 +16,9 @@ __all__ = ['L2REC', 'WITH_IDS', 'MODELS', 'TEXT_MODELS', 'CLASSES', 'PLANNED', '
            'describe_sparsity', 'record_tables', 'expert_use', 'shown_groups', 'expert_use_figure', 'everybody',
            'evenness', 'use_differences', 'describe_expert_use', 'fusion_gates', 'gate_slices', 'fusion_figure',
            'describe_fusion', 'cost_of', 'cost_table', 'describe_cost', 'search_rows', 'speed_table', 'text_table',
-           'describe_text', 'joined_before', 'part_helps', 'relative_effect', 'over_best', 'grows_with_sparsity',
-           'with_few_beats_all', 'trained_shares', 'qwen_share', 'routed_apart', 'balance_prevents_collapse']
+           'describe_text', 'start_table', 'describe_start', 'joined_before', 'part_helps', 'relative_effect',
+           'over_best', 'over_floor', 'grows_with_sparsity', 'with_few_beats_all', 'trained_shares', 'qwen_share',
+           'routed_apart', 'balance_prevents_collapse']
 
 # %% ../../nbs/reporting/05_dual_view.ipynb #c02
 import re
@@ -51,7 +52,7 @@ PLANNED = (L2REC, 'lora', 'unisrec', 'learn', 'hllm', WITH_IDS, 'lora+ids', 'uni
 PARTS = {'no-shared': 'no shared experts', 'no-semantic-pool': 'no semantic pool', 'no-behaviour-pool': 'no behaviour pool', 'no-user': 'router without user', 'no-context': 'router without context',
          'no-interaction': 'router without interaction', 'dense': 'dense mixture', 'random': 'random routing', 'equal': 'fixed view split (no router)', 'mean-fusion': 'mean instead of ACF',
          'concat-fusion': 'concatenation instead of ACF', 'no-bpc': 'no BPC', 'no-balance': 'no balance loss', 'semantic-only': 'semantic view only', 'behaviour-only': 'behaviour view only',
-         'frozen': 'frozen backbone (heads only)', 'no-residual': 'no aging mean', 'whole': 'histories read whole, one target each'}
+         'frozen': 'frozen backbone (heads only)', 'no-residual': 'no aging mean', 'fused-in-items': 'views fused as item vectors', 'whole': 'histories read whole, one target each'}
 SIZES = {'experts': 'experts a view', 'rank': 'rank', 'top': 'experts chosen (Top-N)'}
 OWN_SIZE = {'experts': ('semantic', 6), 'rank': ('rank', 8), 'top': ('top_n', 2)}   # hyper-parameter and L2Rec's default
 
@@ -187,7 +188,8 @@ def example_dual_view_records(
             write_record(record_path(results, profile, 'dual_view_search', dataset, *split_name(core)), {'validation/ndcg@10': .06, 'search/trials': 2, 'search/seconds': 110}, None, trials, {'seed': 0},
                          {'chosen.json': {'lr': .002, 'hyperparameters': {'dropout': .2}}})
         told = {8: (.9, .03, .02), 32: (.5, .05, .04), 128: (.1, .052, .042)}
-        write_record(record_path(results, profile, 'text_information', dataset, L2REC), {'text/tokens': 40., **{f'text/{n}/{m}': v for n, values in told.items() for m, v in zip(('cut', 'hr@10', 'ndcg@10'), values)}}, provenance={'seed': 0})
+        begun = {('backbone', 'semantic'): (.002, .13), ('backbone', 'behaviour'): (.05, .4), ('items', 'semantic'): (.045, 1.), ('items', 'behaviour'): (.05, 1.)}
+        write_record(record_path(results, profile, 'text_information', dataset, L2REC), {'text/tokens': 40., **{'/'.join(('start', *k, m)): v for k, values in begun.items() for m, v in zip(('ndcg@10', 'size'), values)}, **{f'text/{n}/{m}': v for n, values in told.items() for m, v in zip(('cut', 'hr@10', 'ndcg@10'), values)}}, provenance={'seed': 0})
     write_record(record_path(results, profile, 'expert_efficiency', datasets[0], L2REC), {'ratio/step-over-lora-64': 1.02, 'ratio/loop-over-step': 2.4, 'seconds/step': .31, 'tokens_per_second': 13_200., 'gflops/ceiling': 140.},
                  provenance={'seed': 0, 'notes': {'ratio/step-over-lora-64': 'a training step of one view / that of PEFT LoRA of rank 64'}})
     return Path(results)
@@ -199,6 +201,7 @@ def same_users(table: pl.DataFrame, other: pl.DataFrame) -> bool:
 
 def with_retrieval(
     runs: Runs, # of dual_view, with per-user values
+    variants: Sequence[str] = (), # of the models of retrieval that come along besides the plain ones
 ) -> tuple[Runs, list[str]]: # the joined runs, sentences on what was left out
     "These runs and the plain models of the experiment retrieval on the same data sets."
     found = beside(runs, 'retrieval')
@@ -209,7 +212,7 @@ def with_retrieval(
         own = next((t for tables in per_user_tables(runs, dataset).values() for t in tables), None)
         there, odd = per_user_tables(found, dataset), []
         for model, tables in there.items():
-            if split_name(model)[1] or (dataset, model) in have or own is None: continue
+            if split_name(model)[1] not in ('', *variants) or (dataset, model) in have or own is None: continue
             (keep if all(same_users(own, t) for t in tables) else odd).append((dataset, model))
         if odd: notes.append(f"**Other test users**: the retrieval records of {listed(name_of(m) for _, m in odd)} on {dataset} were tested on other users and are left out.")
         if not there: notes.append(f'**No floors**: on {dataset} there is no record of the experiment retrieval.')
@@ -863,6 +866,32 @@ def describe_text(table: Table) -> str:
     return '\n'.join(lines)
 
 # %% ../../nbs/reporting/05_dual_view.ipynb #c74
+MEET = {'backbone': 'as the backbone gives it', 'items': 'as an item vector'}
+
+def start_table(
+    runs: Runs, # of the experiment text_information
+    name: str = 'view-start',
+) -> Table:
+    "A row a data set, view and space of the fusion. Raises `ValueError` where no record asked."
+    keys = [(fused_in, view) for view in ('semantic', 'behaviour') for fused_in in MEET]
+    long = summarise(runs, [m for k in keys for m in ('/'.join(('start', *k, 'ndcg@10')), '/'.join(('start', *k, 'size')))])
+    if long.is_empty(): raise ValueError(f'no run of {runs.experiment} asked where the views begin')
+    found = {(r['dataset'], r['metric']): r['mean'] for r in long.iter_rows(named=True)}
+    rows = [(dataset, view, MEET[fused_in], number(found[dataset, f'start/{fused_in}/{view}/size'], 2), number(found[dataset, f'start/{fused_in}/{view}/ndcg@10'])) for dataset in runs.datasets() for fused_in, view in keys
+            if (dataset, f'start/{fused_in}/{view}/size') in found]
+    caption = 'Validation; nothing is trained. Items are ranked by their cosine with the vector of one view of L2Rec with initial weights, without the aging mean of the history; those of the history are removed. Size: root mean square of the vector\'s elements where the views are fused.'
+    return Table(name, long, tuple(('', h) for h in ('dataset', 'view', 'its vector', 'size', 'NDCG@10')), tuple(rows), caption)
+
+def describe_start(table: Table) -> str:
+    "Markdown: for each data set, what each view ranks like before training."
+    lines = []
+    for (dataset,), own in table.long.group_by('dataset', maintain_order=True):
+        v = dict(own.select('metric', 'mean').rows())
+        told = [f"the {view} view {number(v[a])} {MEET['backbone']} and {number(v[b])} {MEET['items']}" for view in ('semantic', 'behaviour') if (a := f'start/backbone/{view}/ndcg@10') in v and (b := f'start/items/{view}/ndcg@10') in v]
+        if told: lines.append(f"- **{dataset}**, NDCG@10 untrained: {'; '.join(told)}.")
+    return '\n'.join(lines)
+
+# %% ../../nbs/reporting/05_dual_view.ipynb #c77
 PAPER_GAIN, SHARE, SHARE_MARGIN = .0387, .05, .02   # relative NDCG@10; trained share of the parameters, and how far from it
 
 def joined_before(measure: Callable[[Runs], list[Effect]]) -> Callable[[Runs], list[Effect]]:
@@ -897,6 +926,20 @@ def over_best(core: str) -> Callable[[Runs], list[Effect]]:
         return effects
     return measure
 
+def over_floor(core: str, floor: str) -> Callable[[Runs], list[Effect]]:
+    "A measure: relative gain of `core` over that record of `floor` which knows the same interactions: both refitted with the validation items, or neither."
+    def measure(runs: Runs) -> list[Effect]:
+        effects, runs = [], with_retrieval(runs, ('no-refit',))[0]
+        for dataset in runs.datasets():
+            values = user_means(runs, dataset, [core, floor, f'{floor}+no-refit'])
+            refitted = {m: bool(parameter(runs, dataset, m, 'refit')) for m in values}
+            like = next((m for m in values if m != core and refitted[m] == refitted.get(core)), None)
+            if core not in values: effects.append(Effect(dataset, None, reason=f'no record of {core}'))
+            elif like is None or not values[like].mean() > 0: effects.append(Effect(dataset, None, reason=f"no record of {floor} that was {'' if refitted[core] else 'not '}refitted, as {core} was{'' if refitted[core] else ' not'}"))
+            else: effects.append(relative_effect(runs, dataset, relative_values(values[core], values[like]), (core, like), f", {'both' if refitted[core] else 'neither'} refitted"))
+        return effects
+    return measure
+
 def grows_with_sparsity(core: str = L2REC, other: str = 'learn') -> Callable[[Runs], list[Effect]]:
     "A measure: relative gain over `other` at the least common share of the training users minus that with all."
     def measure(runs: Runs) -> list[Effect]:
@@ -912,7 +955,7 @@ def grows_with_sparsity(core: str = L2REC, other: str = 'learn') -> Callable[[Ru
         return effects
     return measure
 
-# %% ../../nbs/reporting/05_dual_view.ipynb #c75
+# %% ../../nbs/reporting/05_dual_view.ipynb #c78
 def with_few_beats_all(percent: int = 10, other: str = 'learn') -> Callable[[Runs], list[Effect]]:
     "A measure: L2Rec on `percent` of the training users minus `other` on all; with ids where only that was run."
     inductive, ids = (better(fraction_model(c, percent), other) for c in (L2REC, WITH_IDS))
@@ -951,7 +994,7 @@ def balance_prevents_collapse(runs: Runs) -> list[Effect]:
             effects.append(Effect(dataset, float(gap.mean()), float(gap.mean()) - half, float(gap.mean()) + half, None, 0, f'{len(gap)} pairs'))
     return effects
 
-# %% ../../nbs/reporting/05_dual_view.ipynb #c76
+# %% ../../nbs/reporting/05_dual_view.ipynb #c79
 _PAPER = 'L2Rec, SIGIR 2026'
 _OURS = ' (The mechanism is the paper\'s; that this exchange of it lowers NDCG@10 is tested as ours.)'
 
@@ -959,6 +1002,8 @@ L2REC_CLAIMS = (
     *(Claim(f'l2rec-over-best-{kind}', _PAPER, f'L2Rec ({kind}) has an NDCG@10 more than {100 * PAPER_GAIN:.2f} % above that of the best {kind} comparator of the records (the effect is the relative gain; the figure is the least gain that the paper reports, '
             'its comparators differ).', 'S', 'dual_view', joined_before(over_best(core)), PAPER_GAIN) for core, kind in ((L2REC, 'inductive'), (WITH_IDS, 'transductive'))),
     *(Claim(f'l2rec-over-{floor}', 'this compendium', f'L2Rec with ids ranks better (NDCG@10) than {MODELS[floor]}.', 'P', 'dual_view', joined_before(better(WITH_IDS, floor))) for floor in ('sasrec', 'item-knn', 'item-knn-last')),
+    *(Claim(f'l2rec-like-with-like-{floor}', 'this compendium', f'L2Rec with ids has an NDCG@10 more than {100 * PAPER_GAIN:.2f} % above that of {MODELS[floor]}, where either both were refitted with the validation items before the test or neither was (the effect is the relative gain).', 'P',
+            'dual_view', over_floor(WITH_IDS, floor), PAPER_GAIN) for floor in ('sasrec', 'item-knn', 'item-knn-last', 'ease')),
     *(Claim(f'l2rec-over-{m}', 'this compendium', f'L2Rec without ids ranks better (NDCG@10) than the {MODELS[m]} model without ids.', 'P', 'dual_view', better(L2REC, m)) for m in ('unisrec', 'learn', 'hllm')),
     Claim('l2rec-two-views-over-semantic', _PAPER, 'Both views rank better (NDCG@10) than the semantic view alone.' + _OURS, 'P', 'dual_view', part_helps('semantic-only')),
     Claim('l2rec-two-views-over-behaviour', _PAPER, 'Both views rank better (NDCG@10) than the behaviour view alone.' + _OURS, 'P', 'dual_view', part_helps('behaviour-only')),
