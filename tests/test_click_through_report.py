@@ -285,6 +285,15 @@ def test_a_tokenizer_on_another_split_gives_way(own):
         assert row(table.long, dataset=FILMS, model='hi-sam', metric='tokenizer/collisions')['mean'] == (.5 if experiment == 'tokenizer' else pytest.approx(.01))
         assert any(n.startswith('**Whose**') and 'on made-up-world of the experiment tokenizer: ' in n for n in table.notes) and any(f'on {FILMS}, 20 % of the users were shortened' in n for n in table.notes)
 
+def test_collisions_that_no_tokenizer_avoids(own):
+    assert not any('Twins' in n for n in click_through.tokenizer_table(click_through.tokenizer_runs(own, 'demo')).notes)
+    path = record_path(own, 'demo', 'tokenizer', 'made-up-world', 'hi-sam', '', 0)
+    write_record(path, read_record(path).metrics | {'tokenizer/twins': .005}, None, None, {}, {f: pl.read_csv(path / f) for f in ('codes.csv', 'tokenizer.csv')})
+    tokens = click_through.tokenizer_runs(own, 'demo')
+    assert any(n.endswith('so collisions cannot be fewer: .0050 on made-up-world.') for n in click_through.tokenizer_table(tokens).notes)
+    films, world = click_through.describe_tokenizer(tokens).splitlines()
+    assert '; 0.50 % have the very vectors of another item, and no tokenizer can tell these apart.' in world and 'very vectors' not in films
+
 def test_the_tokenizers_of_both_experiments(made, tokens):
     assert tokens.datasets() == [FILMS, 'made-up-world'] and 'hi-sam+no-alignment' not in {m for d, m, _ in tokens.keys() if d == 'made-up-world'}
     table = click_through.tokenizer_table(tokens)

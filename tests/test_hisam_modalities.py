@@ -224,3 +224,18 @@ def test_further_items_pass_through_the_same_scale():
 def test_scale_needs_items():
     with pytest.raises(DataError, match="no item of training"): fit_scale(np.zeros((0, 3)), "text")
     assert isinstance(fit_scale(np.float32([[0, 1], [1, 0]]), "text"), Scale)
+
+
+def test_twins_are_items_with_the_very_vectors_of_another():
+    rng = np.random.default_rng(0)
+    text, image = rng.standard_normal((6, 3)).astype(np.float32), rng.standard_normal((6, 2)).astype(np.float32)
+    text[3], image[3] = text[1], image[1]                        # twins
+    text[4] = text[0]                                            # one modality alone is not enough
+    image[5] = 0.
+    has_image = np.array([1, 1, 1, 1, 1, 0], bool)
+    items = Modalities(("text", "image"), {"text": text, "image": image}, {"text": np.ones(6, bool), "image": has_image})
+    assert items.twins.tolist() == [False, True, False, True, False, False]
+    assert not items.rows(np.array([0, 1, 2])).twins.any() and items.rows(np.array([], int)).twins.shape == (0,)
+    image[2] = 0.                                                # a vector of zeros is no missing vector
+    text[2] = text[5]
+    assert not Modalities(("text", "image"), {"text": text, "image": image}, {"text": np.ones(6, bool), "image": has_image}).twins[[2, 5]].any()

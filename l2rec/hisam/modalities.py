@@ -84,6 +84,13 @@ class Modalities:
         "Bool[I]: items of which at least one modality is known."
         return np.logical_or.reduce([self.present[name] for name in self.names])
 
+    @property
+    def twins(self) -> np.ndarray:
+        "Bool[I]: items whose vectors another item has too, all of them. No tokenizer tells them apart."
+        rows = np.concatenate([part for name in self.names for part in (self.values[name], self.present[name][:, None])], axis=1, dtype=np.float32)
+        _, which, count = np.unique(rows, axis=0, return_inverse=True, return_counts=True)
+        return count[which.ravel()] > 1
+
     def __repr__(self) -> str:
         return f"Modalities({self.n_items:,} items: " + ", ".join(f"{name} {self.widths[name]} wide, of {self.present[name].sum():,}" for name in self.names) + ")"
 

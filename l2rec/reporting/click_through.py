@@ -13,15 +13,15 @@ __all__ = ['HISAM', 'MODELS', 'RIVALS', 'PARTS', 'SIZES', 'EXAMPLE_SKILL', 'EXAM
            'comparison', 'click_through_table', 'cold_minus_warm', 'with_interval', 'doubtful', 'said_of',
            'cold_questions', 'given_text', 'describe_click_through', 'gains_figure', 'shortened_runs', 'ablation_table',
            'describe_ablation', 'mean_of', 'level_names', 'level_order', 'own_size', 'level_parts', 'level_notes',
-           'size_rows', 'sizes_table', 'describe_sizes', 'tokenizer_name', 'tokenizer_runs', 'source_notes',
-           'described', 'spread_cell', 'tokenizer_table', 'last_terms', 'describe_tokenizer', 'level_styles',
-           'code_use', 'codebooks_figure', 'describe_codebooks', 'tokenizer_training', 'tokenizer_training_figure',
-           'describe_training', 'disentanglement', 'disentanglement_table', 'describe_disentanglement',
-           'shortened_title', 'neighbours_table', 'anchor_attention', 'attention_figure', 'describe_attention',
-           'cost_table', 'describe_cost', 'latency_curves', 'panel_name', 'latency_figure', 'series_labels',
-           'describe_latency', 'choices', 'click_search_table', 'describe_click_search', 'pairs', 'beats',
-           'gains_more_when_cold', 'every_run', 'lowest_shared_use', 'fewest_collisions', 'told_apart', 'elsewhere',
-           'time_saved']
+           'size_rows', 'on_datasets', 'sizes_table', 'describe_sizes', 'tokenizer_name', 'tokenizer_runs',
+           'source_notes', 'described', 'spread_cell', 'tokenizer_table', 'twin_share', 'twin_note', 'last_terms',
+           'describe_tokenizer', 'level_styles', 'code_use', 'codebooks_figure', 'describe_codebooks',
+           'tokenizer_training', 'tokenizer_training_figure', 'describe_training', 'disentanglement',
+           'disentanglement_table', 'describe_disentanglement', 'shortened_title', 'neighbours_table',
+           'anchor_attention', 'attention_figure', 'describe_attention', 'cost_table', 'describe_cost',
+           'latency_curves', 'panel_name', 'latency_figure', 'series_labels', 'describe_latency', 'choices',
+           'click_search_table', 'describe_click_search', 'pairs', 'beats', 'gains_more_when_cold', 'every_run',
+           'lowest_shared_use', 'fewest_collisions', 'told_apart', 'elsewhere', 'time_saved']
 
 # %% ../../nbs/reporting/04_click_through.ipynb #c02
 import json
@@ -581,11 +581,16 @@ def size_rows(runs: Runs) -> list[tuple[str, str, str, int | None]]:
             rows += sorted(block, key=lambda r: (r[3] is None, r[3]))
     return rows
 
+def on_datasets(runs: Runs, datasets: Iterable[str]) -> Runs:
+    "These runs, less those on all other data sets."
+    keep = pl.col('dataset').is_in(list(datasets))
+    return replace(runs, metrics=runs.metrics.filter(keep), per_user=runs.per_user if runs.per_user.is_empty() else runs.per_user.filter(keep), records={k: r for k, r in runs.records.items() if k[0] in set(datasets)})
+
 def sizes_table(runs: Runs, name: str = 'click-through-sizes') -> Table:
     "Hi-SAM with other numbers of levels, codes and history items; ValueError when there is none."
     rows, columns = size_rows(runs), ('auc', 'gauc', 'cold/auc')
     if not rows: raise ValueError(f'no run of {runs.experiment} has another size (such as {HISAM}+levels-2, {HISAM}+codes-64 or {HISAM}+history-25)')
-    models = click_order(r[2] for r in rows)
+    runs, models = on_datasets(runs, {r[0] for r in rows}), click_order(r[2] for r in rows)
     gains = hisam_minus(runs, models)
     levels = pl.concat([pl.DataFrame(schema=PAIRED)] + [paired(runs, d, m) for d in runs.datasets() for m in models])
     level, gain = ({(r['dataset'], r['model'], r['metric']): r for r in t.iter_rows(named=True)} for t in (levels, gains))
@@ -682,7 +687,16 @@ def tokenizer_table(
              *(('at the end', {'mutual_information': 'MI estimate'}.get(t, t)) for t in terms), ('', 'collisions'), ('', 'seconds'))
     caption = ('Utilisation: share of the codes of a level that some item has; perplexity: number of equally used codes that would be as even; of each, the level with the lowest mean. Collisions: share of the items whose '
                'whole code another item has. Terms are of the last epoch, each in its tokenizer\'s own scale. Mean ± sample standard deviation over seeds.')
-    return Table(name, pl.DataFrame(long, schema=LONG, orient='row'), heads, tuple(rows), caption, (*source_notes(runs), *missing_note(runs)))
+    return Table(name, pl.DataFrame(long, schema=LONG, orient='row'), heads, tuple(rows), caption, (*source_notes(runs), *twin_note(runs), *missing_note(runs)))
+
+def twin_share(runs: Runs, dataset: str) -> float | None:
+    "Share of the items of `dataset` whose vectors another item has too; None if no record says."
+    return runs.metrics.filter(dataset=dataset, metric='tokenizer/twins')['value'].max()
+
+def twin_note(runs: Runs) -> list[str]:
+    "A sentence with the least collisions that a tokenizer can have on each dataset, where there are any."
+    shares = {d: s for d in runs.datasets() if (s := twin_share(runs, d))}
+    return [f"**Twins**: items with the very vectors of another item, which no tokenizer can tell apart, so collisions cannot be fewer: {listed(f'{number(s)} on {d}' for d, s in shares.items())}."] if shares else []
 
 def last_terms(runs: Runs, term: str) -> pl.DataFrame:
     "dataset, model, seed, value: a column of tokenizer.csv in its last row."
@@ -708,6 +722,7 @@ def describe_tokenizer(runs: Runs) -> str:
                 if holds: names.append(text)
         parts = [f'no sign of collapse in {listed(good)}'] * bool(good) + [f'**fewer than {100 * COLLAPSE:.0f} % of the codes in use in {listed(few)}**'] * bool(few)
         parts += [f'**{100 * COLLIDE:.0f} % of the items or more collide in {listed(many)}**'] * bool(many)
+        if parts and (twins := twin_share(runs, dataset)): parts.append(f'{100 * twins:.2f} % have the very vectors of another item, and no tokenizer can tell these apart')
         if parts: lines.append(f"- **{dataset}** (worst run of each): {'; '.join(parts)}.")
     return '\n'.join(lines)
 
