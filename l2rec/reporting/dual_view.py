@@ -52,7 +52,7 @@ PLANNED = (L2REC, 'lora', 'unisrec', 'learn', 'hllm', WITH_IDS, 'lora+ids', 'uni
 PARTS = {'no-shared': 'no shared experts', 'no-semantic-pool': 'no semantic pool', 'no-behaviour-pool': 'no behaviour pool', 'no-user': 'router without user', 'no-context': 'router without context',
          'no-interaction': 'router without interaction', 'dense': 'dense mixture', 'random': 'random routing', 'equal': 'fixed view split (no router)', 'mean-fusion': 'mean instead of ACF',
          'concat-fusion': 'concatenation instead of ACF', 'no-bpc': 'no BPC', 'no-balance': 'no balance loss', 'semantic-only': 'semantic view only', 'behaviour-only': 'behaviour view only',
-         'frozen': 'frozen backbone (heads only)', 'no-residual': 'no aging mean', 'fused-in-items': 'views fused as item vectors', 'whole': 'histories read whole, one target each'}
+         'frozen': 'frozen backbone (heads only)', 'no-residual': 'no aging mean', 'fused-in-items': 'views fused as item vectors', 'token-dropout': 'half of the tokens left out', 'whole': 'histories read whole, one target each'}
 SIZES = {'experts': 'experts a view', 'rank': 'rank', 'top': 'experts chosen (Top-N)'}
 OWN_SIZE = {'experts': ('semantic', 6), 'rank': ('rank', 8), 'top': ('top_n', 2)}   # hyper-parameter and L2Rec's default
 
