@@ -176,7 +176,7 @@ def test_the_ablation(runs, parts):
     assert row(parts, model='l2rec+ids-no-bpc', metric='test/ndcg@10')['core'] == 'l2rec+ids' and any(n.startswith('**Not run**') and 'frozen backbone (heads only) (with ids)' in n for n in table.notes)
     assert table.notes[0].startswith('**More than one part**: ') and '*semantic view only* and *behaviour view only* each: lacks ACF and BPC too' in table.notes[0] and dual_view.also_note(['l2rec+no-bpc']) == []
     said = dual_view.describe_ablation(parts)
-    assert 'L2Rec (19 variants): the largest loss is that of *frozen backbone (heads only)' in said and 'Below L2Rec, by an interval that excludes zero: ' in said
+    assert 'L2Rec (21 variants): the largest loss is that of *frozen backbone (heads only)' in said and 'Below L2Rec, by an interval that excludes zero: ' in said
     hurt = parts.with_columns(mean=-.01, ci_low=-.02, ci_high=-.005)
     assert 'none lies below it. **Above L2Rec**: no shared experts' in dual_view.describe_ablation(hurt)
     with pytest.raises(ValueError, match='no run of dual_view is a variant of L2Rec'): dual_view.ablation_table(dual_view.within(runs, ['l2rec', 'learn']))
