@@ -201,7 +201,7 @@ def test_the_ablation_and_the_sizes(runs):
 def test_cost_and_search(made, runs):
     cost = click_through.cost_table(runs)
     seconds = [runs.records[FILMS, m, s].metrics['time/train_seconds'] for m in ('din', 'hi-sam') for s in range(SEEDS)]
-    assert row(cost.long, model='din', metric='ratio/train_seconds')['mean'] == pytest.approx(np.mean(np.divide(seconds[:SEEDS], seconds[SEEDS:])))
+    assert row(cost.long, model='din', metric='ratio/train_seconds')['mean'] == pytest.approx(min(seconds[:SEEDS]) / min(seconds[SEEDS:]))
     assert cost.rows[0][3] == '1.00' and cost.columns[-1] == ('memory', 'peak mb') and 'Cheapest: DIN' in click_through.describe_cost(cost)
     bare = replace(runs, metrics=runs.metrics.filter(~pl.col('metric').str.starts_with('time/')))
     with pytest.raises(ValueError, match='time/train_seconds'): click_through.cost_table(bare)

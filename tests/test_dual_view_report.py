@@ -280,7 +280,7 @@ def test_the_gate_by_length_of_history(runs):
 
 def test_cost(runs, own):
     table = dual_view.cost_table(runs)
-    seconds = {m: np.mean([runs.records[BOOKS, m, s].metrics['time/train_seconds'] for s in range(SEEDS)]) for m in ('l2rec', 'learn')}
+    seconds = {m: min(runs.records[BOOKS, m, s].metrics['time/train_seconds'] for s in range(SEEDS)) for m in ('l2rec', 'learn')}   # seven epochs each
     assert row(table.long, model='learn', metric='ratio/train_seconds')['mean'] == pytest.approx(seconds['learn'] / seconds['l2rec']) and table.rows[0][7] == '1.00'
     assert 'L2Rec trains for' in dual_view.describe_cost(table) and {'l2rec+no-bpc', 'item-knn'} <= set(table.long['model'])
     for seed in range(SEEDS):

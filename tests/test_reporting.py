@@ -1,6 +1,7 @@
 """Tables, figures and claims from records that the tests write themselves, against numbers made by hand."""
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -190,7 +191,15 @@ def test_the_csv_holds_what_is_drawn(runs):
     figure, data = figures.accuracy_time_figure(runs)
     drawn = sorted((round(float(line.get_xdata()[0]), 6), round(float(line.get_ydata()[0]), 6)) for ax in figure.axes for line in ax.lines)
     assert drawn == sorted((round(r['seconds'], 6), round(r['mean'], 6)) for r in data.iter_rows(named=True))
-    assert data.filter(dataset='a', model='sasrec')['seconds'].item() == 2.5
+    assert data.filter(dataset='a', model='sasrec')['seconds'].item() == 2   # of the faster seed
+
+def test_training_time_is_an_epoch_of_the_fastest_seed_times_the_mean_number_of_epochs(tmp_path):
+    values = np.linspace(.1, .5, USERS)
+    for seed, (seconds, epochs) in enumerate([(40., 4), (90., 6), (30., 2)]): record(tmp_path, 'a', 'sasrec', seed, values, **{'time/train_seconds': seconds, 'time/epochs': epochs})
+    record(tmp_path, 'a', 'ease', 0, values, **{'time/train_seconds': 3., 'time/epochs': 0})   # solved, not trained
+    runs = tables.read_experiment(tmp_path, 'demo', 'retrieval')
+    assert tables.training_seconds(runs).rows() == [('a', 'ease', 3.), ('a', 'sasrec', 40.)]   # 10 seconds times 4 epochs
+    assert tables.training_seconds(replace(runs, metrics=runs.metrics.filter(~pl.col('metric').str.starts_with('time/')))).is_empty()
 
 def test_training_curves_mark_the_best_epoch(runs):
     data = figures.training_curves(runs)

@@ -31,7 +31,7 @@ from scipy import stats
 from ..evaluation.significance import check_same_users, holm, seed_spread
 from .claims import Claim, Effect
 from .figures import RC, direct_labels, panels
-from .tables import LONG, Runs, Table, bracket, brief, listed, missing_note, named, number, read_experiment
+from .tables import LONG, Runs, Table, bracket, brief, listed, missing_note, named, number, read_experiment, training_seconds
 from ..training.records import Record, record_path, write_record
 
 # %% ../../nbs/reporting/03_cold_start.ipynb #c05
@@ -770,19 +770,18 @@ def describe_virtual(
 # %% ../../nbs/reporting/03_cold_start.ipynb #c91
 def cost_table(runs: Runs, name: str = 'cold-start-cost') -> Table:
     "Training time over the ranker alone, seconds, and trained parameters; a row a dataset, ranker and arm."
-    seconds = {(d, m, s): v for d, m, s, v in runs.metrics.filter(metric='time/train_seconds').select('dataset', 'model', 'seed', 'value').rows()}
+    spent = {(d, m): v for d, m, v in training_seconds(runs).rows()}
     long, rows = [], []
     for dataset in runs.datasets():
-        for model in (m for m in main_models(runs) if any(k[:2] == (dataset, m) for k in seconds)):
-            seeds = sorted(s for d, m, s in seconds if (d, m) == (dataset, model))
-            ratio = [seconds[dataset, model, s] / seconds[dataset, ranker_of(model), s] for s in seeds if seconds.get((dataset, ranker_of(model), s), 0) > 0]
-            parameters = next((runs.records[dataset, model, s].provenance.get('parameters_trained') for s in seeds if (dataset, model, s) in runs.records), None)
-            spent = [seconds[dataset, model, s] for s in seeds]
-            for metric, values in (('ratio/train_seconds', ratio), ('time/train_seconds', spent), ('parameters_trained', [parameters] if parameters is not None else [])):
-                if values: long.append((dataset, model, metric, *(lambda m, sd, n: (m, sd if n > 1 else None, n))(*seed_spread(values)), None, None))
-            rows.append((dataset, RANKERS.get(ranker_of(model), ranker_of(model)), ARMS[arm_of(model)], '–' if not ratio else f'{np.mean(ratio):.2f}',
-                         number(float(np.mean(spent)), 2), '–' if parameters is None else f'{parameters:,}'))
-    caption = 'Training time over that of the ranker alone (mean of the ratios of each seed), training seconds (mean over seeds), and trained parameters. Both times of a ratio are from one machine, not from one quiet moment of it.'
+        for model in (m for m in main_models(runs) if (dataset, m) in spent):
+            seeds = sorted(s for d, m, s in runs.records if (d, m) == (dataset, model))
+            seconds, alone = spent[dataset, model], spent.get((dataset, ranker_of(model)), 0)
+            parameters = next((runs.records[dataset, model, s].provenance.get('parameters_trained') for s in seeds), None)
+            for metric, value in (('ratio/train_seconds', seconds / alone if alone > 0 else None), ('time/train_seconds', seconds), ('parameters_trained', parameters)):
+                if value is not None: long.append((dataset, model, metric, value, None, len(seeds), None, None))
+            rows.append((dataset, RANKERS.get(ranker_of(model), ranker_of(model)), ARMS[arm_of(model)], f'{seconds / alone:.2f}' if alone > 0 else '–',
+                         number(seconds, 2), '–' if parameters is None else f'{parameters:,}'))
+    caption = 'Training time over that of the ranker alone, training seconds (an epoch of the fastest seed, times the mean number of epochs), and trained parameters.'
     heads = (('', 'dataset'), ('', 'ranker'), ('', 'arm'), ('', 'times the ranker alone'), ('', 'seconds'), ('', 'trained parameters'))
     return Table(name, pl.DataFrame(long, schema=LONG, orient='row'), heads, tuple(rows), caption)
 

@@ -38,7 +38,7 @@ from .click_through import beside, choices, doubtful, elsewhere, every_run, mean
 from .cold_start import gain_cell, record_file, signed, sorted_out, untestable, within
 from .figures import RC, direct_labels, model_styles, panels
 from .tables import (LONG, RESAMPLES, Runs, Table, bracket, brief, efficiency_table, example_ranks, example_run, is_floor, listed, metric_label, missing_note, model_order,
-                                    named, number, per_user_column, per_user_tables, read_experiment, search_table, summarise)
+                                    named, number, per_user_column, per_user_tables, read_experiment, search_table, summarise, training_seconds)
 from ..training.records import record_path, write_record
 
 # %% ../../nbs/reporting/05_dual_view.ipynb #c05
@@ -771,22 +771,25 @@ def cost_of(runs: Runs, dataset: str, model: str, metric: str) -> tuple[float, f
 def cost_table(runs: Runs, name: str = 'dual-view-cost') -> Table:
     "Parameters, time, speed and memory of every model and ablation; ValueError when no run has a training time."
     models, long, rows = [*main_models(runs), *(m for m in ablations(runs) if pieces(m)[2])], [], []
+    spent = {(d, m): v for d, m, v in training_seconds(runs).rows()}
     for dataset, model in ((d, m) for d in runs.datasets() for m in dual_order(models)):
         found = {k: cost_of(runs, dataset, model, k) for k in COST}
         if not found['time/train_seconds']: continue
+        seconds, seeds = spent[dataset, model], found['time/train_seconds'][2]
+        found['time/train_seconds'] = (seconds, None, seeds)
         core = WITH_IDS if class_of(model) == 'transductive' else L2REC
-        base = mean_of(runs, dataset, core, 'time/train_seconds')
-        times = found['time/train_seconds'][0] / base[0] if base and base[0] > 0 else None
+        base = spent.get((dataset, core), 0)
+        times = seconds / base if base > 0 else None
         share = 100 * found['parameters/trained'][0] / found['parameters/total'][0] if found['parameters/trained'] and found['parameters/total'] and found['parameters/total'][0] else None
         extra = {'share/trained': None if share is None else share / 100, 'ratio/train_seconds': times}
-        long += [(dataset, model, k, *v, None, None) for k, v in found.items() if v] + [(dataset, model, k, v, None, found['time/train_seconds'][2], None, None) for k, v in extra.items() if v is not None]
+        long += [(dataset, model, k, *v, None, None) for k, v in found.items() if v] + [(dataset, model, k, v, None, seeds, None, None) for k, v in extra.items() if v is not None]
         def cell(k, digits=1): return '–' if not found[k] else f'{found[k][0]:,.0f}' if found[k][0] >= 100 or k.startswith('parameters') else number(found[k][0], digits)
-        rows.append((dataset, class_of(model), name_of(model), str(found['time/train_seconds'][2]), cell('parameters/trained'), '–' if share is None else f'{share:.1f}', cell('time/train_seconds'),
+        rows.append((dataset, class_of(model), name_of(model), str(seeds), cell('parameters/trained'), '–' if share is None else f'{share:.1f}', cell('time/train_seconds'),
                      '–' if times is None else f'{times:.2f}', *(cell(k) for k in ('time/epochs', 'time/items_per_second', 'memory/peak_mib'))))
     if not rows: raise ValueError(f'no run of {runs.experiment} has time/train_seconds')
     heads = (('', 'dataset'), ('', 'class'), ('', 'model'), ('', 'seeds'), ('', 'trained parameters'), ('', 'of all, %'), ('', 'training seconds'), ('', 'times L2Rec'), ('', 'epochs'), ('', 'items a second'), ('', 'peak MiB'))
-    caption = ('Means over seeds. Of all: trained parameters over all parameters, those of the frozen backbone among them. Times L2Rec: training seconds over those of L2Rec of the class. Items a second: items of training histories that are read. '
-               'Peak MiB: of the device, or of the process where it ran on the processor. Times are of whatever machine and load the runs met; the ratios of *expert-efficiency* are measured in turns.')
+    caption = ('Training seconds: an epoch of the fastest seed, times the mean number of epochs; all others are means over seeds. Of all: trained parameters over all parameters, those of the frozen backbone among them. Times L2Rec: training seconds over those of L2Rec of the class. Items a second: items of training histories that are read. '
+               'Peak MiB: of the device, or of the process where it ran on the processor. Where a model has one seed, its time is of whatever load that run met; the ratios of *expert-efficiency* are measured in turns.')
     return Table(name, pl.DataFrame(long, schema=LONG, orient='row'), heads, tuple(rows), caption)
 
 def describe_cost(table: Table) -> str:

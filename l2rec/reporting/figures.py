@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from .tables import FLOORS, Runs, bracket, brief, is_floor, listed, metric_label, model_order, number, slices, summarise, write_whole
+from .tables import FLOORS, Runs, bracket, brief, is_floor, listed, metric_label, model_order, number, slices, summarise, training_seconds, write_whole
 
 # %% ../../nbs/reporting/01_figures.ipynb #c05
 _STYLES = {'popularity': ('#777777', 'v'), 'item-knn': ('#000000', 's'), 'item-knn-last': ('#56B4E9', 'D'), 'ease': ('#CC79A7', '^'),
@@ -138,8 +138,8 @@ def slices_figure(
 LEAST_SECONDS = .01
 
 def accuracy_time(runs: Runs, metric: str = 'test/ndcg@10') -> pl.DataFrame:
-    "dataset, model, seconds (mean over seeds, as drawn), mean, ci_low, ci_high."
-    time = runs.metrics.filter(metric='time/train_seconds').group_by('dataset', 'model').agg(pl.col('value').mean().clip(lower_bound=LEAST_SECONDS).alias('seconds'))
+    "dataset, model, seconds (see `training_seconds`), mean, ci_low, ci_high."
+    time = training_seconds(runs).with_columns(pl.col('seconds').clip(lower_bound=LEAST_SECONDS))
     both = summarise(runs, [metric]).join(time, on=['dataset', 'model'], maintain_order='left').drop_nulls('seconds')
     return both.select('dataset', 'model', 'seconds', 'mean', 'ci_low', 'ci_high')
 

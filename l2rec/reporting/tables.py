@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['FLOORS', 'EXAMPLE_STRENGTH', 'RESAMPLES', 'LONG', 'KS', 'SEEN', 'is_floor', 'model_order', 'metric_label', 'number',
            'bracket', 'brief', 'example_ranks', 'example_run', 'example_records', 'MissingRecords', 'Runs', 'named',
-           'read_experiment', 'missing_runs', 'missing_note', 'per_user_column', 'per_user_tables', 'user_values',
-           'summarise', 'against_best', 'to_latex', 'Table', 'latex', 'write_whole', 'write_table', 'summary_cell',
-           'seed_counts', 'grid_table', 'retrieval_table', 'beyond_accuracy_table', 'slice_edges', 'slices',
-           'slices_table', 'best_parameters', 'search_table', 'efficiency_table', 'listed', 'floors_above',
+           'read_experiment', 'missing_runs', 'missing_note', 'training_seconds', 'per_user_column', 'per_user_tables',
+           'user_values', 'summarise', 'against_best', 'to_latex', 'Table', 'latex', 'write_whole', 'write_table',
+           'summary_cell', 'seed_counts', 'grid_table', 'retrieval_table', 'beyond_accuracy_table', 'slice_edges',
+           'slices', 'slices_table', 'best_parameters', 'search_table', 'efficiency_table', 'listed', 'floors_above',
            'describe_retrieval', 'describe_seen_kept', 'describe_beyond_accuracy', 'describe_search',
            'describe_efficiency']
 
@@ -201,6 +201,13 @@ def missing_note(runs: Runs) -> list[str]:
     return [f'**No full grid**: of {len(gaps) + len(runs.keys())} combinations of dataset, model and seed, {len(gaps)} have no record: '
             f'{", ".join(f"{cell} ({n})" if n > 1 else cell for cell, n in cells.items())}. '
             f'Those that the plan lists are run by `make reproduce PROFILE={runs.profile}`.']
+
+# %% ../../nbs/reporting/00_tables.ipynb #time-code
+def training_seconds(runs: Runs) -> pl.DataFrame:
+    "dataset, model, seconds: an epoch of the fastest seed, times the mean number of epochs; a model that has no epochs counts as one. Empty where no run has a training time."
+    epochs = runs.metrics.filter(pl.col('value') > 0, metric='time/epochs').select('dataset', 'model', 'seed', epochs='value')
+    times = runs.metrics.filter(metric='time/train_seconds').join(epochs, on=['dataset', 'model', 'seed'], how='left').with_columns(pl.col('epochs').fill_null(1))
+    return times.group_by('dataset', 'model').agg(seconds=(pl.col('value') / pl.col('epochs')).min() * pl.col('epochs').mean()).sort('dataset', 'model')
 
 # %% ../../nbs/reporting/00_tables.ipynb #c25
 RESAMPLES = 2_000   # of the users, for an interval; the order of magnitude at which its ends stand still in the digits shown
