@@ -198,7 +198,7 @@ def test_training_time_is_an_epoch_of_the_fastest_seed_times_the_mean_number_of_
     for seed, (seconds, epochs) in enumerate([(40., 4), (90., 6), (30., 2)]): record(tmp_path, 'a', 'sasrec', seed, values, **{'time/train_seconds': seconds, 'time/epochs': epochs})
     record(tmp_path, 'a', 'ease', 0, values, **{'time/train_seconds': 3., 'time/epochs': 0})   # solved, not trained
     runs = tables.read_experiment(tmp_path, 'demo', 'retrieval')
-    assert tables.training_seconds(runs).rows() == [('a', 'ease', 3.), ('a', 'sasrec', 40.)]   # 10 seconds times 4 epochs
+    assert tables.training_seconds(runs).rows() == [('a', 'ease', 3., 1), ('a', 'sasrec', 40., 3)]   # 10 seconds times 4 epochs
     assert tables.training_seconds(replace(runs, metrics=runs.metrics.filter(~pl.col('metric').str.starts_with('time/')))).is_empty()
 
 def test_training_curves_mark_the_best_epoch(runs):

@@ -994,22 +994,21 @@ def describe_attention(data: pl.DataFrame) -> str:
 # %% ../../nbs/reporting/04_click_through.ipynb #c80
 def cost_table(runs: Runs, name: str = 'click-through-cost') -> Table:
     "Training time of every model and variant, over Hi-SAM's too; epochs, trained parameters, the tokenizer's seconds, memory. ValueError when no run has a training time."
-    spent = {(d, m): v for d, m, v in training_seconds(runs).rows()}
+    spent = {(d, m): own for d, m, *own in training_seconds(runs).rows()}
     if not spent: raise ValueError(f'no run of {runs.experiment} has time/train_seconds')
     memory = sorted(runs.metrics.filter(pl.col('metric').str.starts_with('memory/'))['metric'].unique())
     models, long, rows = [*main_models(runs), *ablations(runs)], [], []
     for dataset, model in ((d, m) for d in runs.datasets() for m in models if (d, m) in spent):
-        seeds = sorted(s for d, m, s in runs.records if (d, m) == (dataset, model))
-        seconds, base = spent[dataset, model], spent.get((dataset, HISAM), 0)
-        parameters = next((p for s in seeds if (p := runs.records[dataset, model, s].provenance.get('parameters_trained')) is not None), None)
+        (seconds, seeds), (base, _) = spent[dataset, model], spent.get((dataset, HISAM), (0, 0))
+        parameters = runs.of_provenance(dataset, model, 'parameters_trained')
         found = {m: mean_of(runs, dataset, model, m) for m in ('time/epochs', 'tokenizer/seconds', *memory)}
         own = {'time/train_seconds': seconds, 'ratio/train_seconds': seconds / base if base > 0 else None, 'parameters_trained': parameters}
-        found |= {m: (v, None, len(seeds)) for m, v in own.items() if v is not None}
+        found |= {m: (v, None, seeds) for m, v in own.items() if v is not None}
         long += [(dataset, model, m, *f, None, None) for m, f in found.items() if f]
-        rows.append((dataset, name_of(model), str(len(seeds)), f'{seconds / base:.2f}' if base > 0 else '–', number(seconds, 1), number(found['time/epochs'][0] if found['time/epochs'] else None, 1),
+        rows.append((dataset, name_of(model), str(seeds), f'{seconds / base:.2f}' if base > 0 else '–', number(seconds, 1), number(found['time/epochs'][0] if found['time/epochs'] else None, 1),
                      '–' if parameters is None else f'{parameters:,}', number(found['tokenizer/seconds'][0] if found['tokenizer/seconds'] else None, 1), *(number(found[m][0] if found[m] else None, 1) for m in memory)))
     heads = (('', 'dataset'), ('', 'model'), ('', 'seeds'), ('', 'times Hi-SAM'), ('', 'training seconds'), ('', 'epochs'), ('', 'trained parameters'), ('', 'tokenizer seconds'), *(('memory', m.partition('/')[2].replace('_', ' ')) for m in memory))
-    caption = 'Training time over Hi-SAM\'s; training seconds (an epoch of the fastest seed, times the mean number of epochs); then means over seeds. The tokenizer\'s seconds are not in the training time; one that was taken from the cache shows the seconds of its record.'
+    caption = 'Training time over Hi-SAM\'s; training seconds (an epoch of the fastest seed, times the mean number of epochs); the other columns are means over seeds. The tokenizer\'s seconds are not in the training time; one that was taken from the cache shows the seconds of its record.'
     return Table(name, pl.DataFrame(long, schema=LONG, orient='row'), heads, tuple(rows), caption)
 
 def describe_cost(table: Table) -> str:

@@ -770,15 +770,14 @@ def describe_virtual(
 # %% ../../nbs/reporting/03_cold_start.ipynb #c91
 def cost_table(runs: Runs, name: str = 'cold-start-cost') -> Table:
     "Training time over the ranker alone, seconds, and trained parameters; a row a dataset, ranker and arm."
-    spent = {(d, m): v for d, m, v in training_seconds(runs).rows()}
+    spent = {(d, m): own for d, m, *own in training_seconds(runs).rows()}
     long, rows = [], []
     for dataset in runs.datasets():
         for model in (m for m in main_models(runs) if (dataset, m) in spent):
-            seeds = sorted(s for d, m, s in runs.records if (d, m) == (dataset, model))
-            seconds, alone = spent[dataset, model], spent.get((dataset, ranker_of(model)), 0)
-            parameters = next((runs.records[dataset, model, s].provenance.get('parameters_trained') for s in seeds), None)
+            (seconds, seeds), (alone, _) = spent[dataset, model], spent.get((dataset, ranker_of(model)), (0, 0))
+            parameters = runs.of_provenance(dataset, model, 'parameters_trained')
             for metric, value in (('ratio/train_seconds', seconds / alone if alone > 0 else None), ('time/train_seconds', seconds), ('parameters_trained', parameters)):
-                if value is not None: long.append((dataset, model, metric, value, None, len(seeds), None, None))
+                if value is not None: long.append((dataset, model, metric, value, None, seeds, None, None))
             rows.append((dataset, RANKERS.get(ranker_of(model), ranker_of(model)), ARMS[arm_of(model)], f'{seconds / alone:.2f}' if alone > 0 else '–',
                          number(seconds, 2), '–' if parameters is None else f'{parameters:,}'))
     caption = 'Training time over that of the ranker alone, training seconds (an epoch of the fastest seed, times the mean number of epochs), and trained parameters.'

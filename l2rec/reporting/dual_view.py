@@ -765,20 +765,20 @@ ELSEWHERE = {'parameters/trained': ('parameters_trained',), 'parameters/total': 
 def cost_of(runs: Runs, dataset: str, model: str, metric: str) -> tuple[float, float | None, int] | None:
     "`mean_of` a metric, or the value of the first seed's provenance where no metric has it."
     if found := mean_of(runs, dataset, model, metric): return found
-    value = next((v for k in sorted(runs.records) if k[:2] == (dataset, model) for name in ELSEWHERE.get(metric, ()) for v in [runs.records[k].provenance.get(name)] if v is not None), None)
+    value = runs.of_provenance(dataset, model, *ELSEWHERE.get(metric, ()))
     return None if value is None else (float(value), None, 1)
 
 def cost_table(runs: Runs, name: str = 'dual-view-cost') -> Table:
     "Parameters, time, speed and memory of every model and ablation; ValueError when no run has a training time."
     models, long, rows = [*main_models(runs), *(m for m in ablations(runs) if pieces(m)[2])], [], []
-    spent = {(d, m): v for d, m, v in training_seconds(runs).rows()}
+    spent = {(d, m): own for d, m, *own in training_seconds(runs).rows()}
     for dataset, model in ((d, m) for d in runs.datasets() for m in dual_order(models)):
         found = {k: cost_of(runs, dataset, model, k) for k in COST}
         if not found['time/train_seconds']: continue
-        seconds, seeds = spent[dataset, model], found['time/train_seconds'][2]
+        seconds, seeds = spent[dataset, model]
         found['time/train_seconds'] = (seconds, None, seeds)
         core = WITH_IDS if class_of(model) == 'transductive' else L2REC
-        base = spent.get((dataset, core), 0)
+        base, _ = spent.get((dataset, core), (0, 0))
         times = seconds / base if base > 0 else None
         share = 100 * found['parameters/trained'][0] / found['parameters/total'][0] if found['parameters/trained'] and found['parameters/total'] and found['parameters/total'][0] else None
         extra = {'share/trained': None if share is None else share / 100, 'ratio/train_seconds': times}

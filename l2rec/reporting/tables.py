@@ -153,6 +153,11 @@ class Runs:
         place = {m: i for i, m in enumerate(self.models())}
         return sorted(self.metrics.select('dataset', 'model', 'seed').unique().rows(), key=lambda r: (r[0], place[r[1]], r[2]))
 
+    def of_provenance(self, dataset: str, model: str, *names: str):
+        "The first of these entries that the provenance of a seed holds, seeds in their order; None if none does."
+        found = (record.provenance.get(name) for key, record in sorted(self.records.items(), key=lambda r: r[0]) if key[:2] == (dataset, model) for name in names)
+        return next((value for value in found if value is not None), None)
+
     def without(self, dataset: str, model: str, seed: int | None = None) -> 'Runs':
         "These runs less one model on one dataset (or one seed of it)."
         gone = (pl.col('dataset') == dataset) & (pl.col('model') == model) & (pl.lit(True) if seed is None else pl.col('seed') == seed)
@@ -204,10 +209,10 @@ def missing_note(runs: Runs) -> list[str]:
 
 # %% ../../nbs/reporting/00_tables.ipynb #time-code
 def training_seconds(runs: Runs) -> pl.DataFrame:
-    "dataset, model, seconds: an epoch of the fastest seed, times the mean number of epochs; a model that has no epochs counts as one. Empty where no run has a training time."
+    "dataset, model, seconds, n_seeds: an epoch of the fastest seed, times the mean number of epochs; a model that has no epochs counts as one. Empty where no run has a training time."
     epochs = runs.metrics.filter(pl.col('value') > 0, metric='time/epochs').select('dataset', 'model', 'seed', epochs='value')
     times = runs.metrics.filter(metric='time/train_seconds').join(epochs, on=['dataset', 'model', 'seed'], how='left').with_columns(pl.col('epochs').fill_null(1))
-    return times.group_by('dataset', 'model').agg(seconds=(pl.col('value') / pl.col('epochs')).min() * pl.col('epochs').mean()).sort('dataset', 'model')
+    return times.group_by('dataset', 'model').agg(seconds=(pl.col('value') / pl.col('epochs')).min() * pl.col('epochs').mean(), n_seeds=pl.len()).sort('dataset', 'model')
 
 # %% ../../nbs/reporting/00_tables.ipynb #c25
 RESAMPLES = 2_000   # of the users, for an interval; the order of magnitude at which its ends stand still in the digits shown
