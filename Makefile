@@ -15,6 +15,11 @@ WARM    := $(PY) -m l2rec.training.warm
 HOUSE   := $(PY) .ci/notebooks.py
 PIP     := -m pip install --quiet --disable-pip-version-check
 
+# Memory that a step frees is kept for the next one. Otherwise the C library gives every large tensor back to the system and has it
+# filled with zeros again, page by page, in each step. Read by glibc alone, once, when a process starts.
+export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
+export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
+
 .DEFAULT_GOAL := help
 .PHONY: help env reproduce test lab plan readme export notebooks check docs bench-env clean
 .SUFFIXES:

@@ -61,9 +61,18 @@ def has_gradient(module):
 # ---------------------------------------------------------------- the interface
 
 def test_distinct_names_one_question_for_each_row():
-    codes = torch.tensor([[1, 2], [0, 2], [1, 2], [0, 0], [0, 2]])
-    first, which = distinct(codes)
-    assert len(first) == 3 and torch.equal(codes[first][which], codes)
+    profile = torch.tensor([7, 3, 7, 0, 3])
+    first, which = distinct(profile)
+    assert len(first) == 3 and torch.equal(profile[first][which], profile)
+
+
+def test_a_profile_is_shared_by_those_with_the_same_attributes(split, features, ranker):
+    tables = ranker.embeddings
+    codes = [tuple(row) for row in features.codes.tolist()]
+    ranks = {row: k for k, row in enumerate(sorted(set(codes)))}
+    assert 1 < len(ranks) < split.n_users and tables.profile.tolist() == [ranks[row] for row in codes]
+    tables.admit(torch.tensor([codes[3], codes[0]]))
+    assert tables.profile[-2:].tolist() == [ranks[codes[3]], ranks[codes[0]]]
 
 
 def test_with_behaviour_changes_the_given_rows_only(asked):

@@ -204,7 +204,7 @@ class LLAE(LLAE):
         "For each distinct row of attributes the best items, Int[m, L], n_items where there is none; and which row each user has, Int[U]."
         e, slots = self.ranker.embeddings, self.ranker.slots
         if self._best is None or len(self._best[1]) != len(e.codes) or self._best[0].device != e.codes.device:
-            first, which = distinct(e.codes)
+            first, which = distinct(e.profile)
             items = torch.full((len(first), slots), e.n_items, device=e.codes.device)
             length = min(self.length, e.n_items)
             for part in torch.arange(len(first), device=e.codes.device).split(max(1, 2 ** 24 // e.n_items)):

@@ -68,8 +68,8 @@ class CoTraining(ClickModule):
                  fill_lr: float = 5e-4,      # of the fill's own optimiser
                  every_steps: int = 10,      # a row of `steps` every so many batches
                  **training):
-        super().__init__(model, data, lr=lr, **training)
         "Raises `ValueError` for a learning rate that is not above 0."
+        super().__init__(model, data, lr=lr, **training)
         if fill_lr <= 0: raise ValueError(f"fill_lr={fill_lr}: above 0")
         self.automatic_optimization = False
         self.fill_lr, self.every_steps, self.steps, self.batches = fill_lr, every_steps, [], 0

@@ -63,10 +63,10 @@ class NoFill(Fill):
     "The behaviour of new users stays empty."
 
 # %% ../../nbs/mail/06_fills.ipynb #c09
-def distinct(codes: Tensor # Int[n, n_a], one row of attribute codes for each question
+def distinct(profile: Tensor # Int[n], the number of each question's row of attributes, see `Tables`
              ) -> tuple[Tensor, Tensor]:
     "Index of one question for each of the m different rows, Int[m], and which of the m each question has, Int[n]."
-    rows, which = torch.unique(codes, dim=0, return_inverse=True)
+    rows, which = torch.unique(profile, return_inverse=True)
     return which.new_empty(len(rows)).scatter_(0, which, torch.arange(len(which), device=which.device)), which
 
 
@@ -99,7 +99,7 @@ class LinearFill(Fill):
     def fill(self, e: Embedded, new: Tensor, user: Tensor) -> Embedded:
         rows = new.nonzero().squeeze(1)
         if not len(rows): return e
-        first, which = distinct(self.ranker.embeddings.codes[user[rows]])
+        first, which = distinct(self.ranker.embeddings.profile[user[rows]])
         attributes = e.attributes[rows[first]]
         virtual = self.map((attributes.detach() if self.read_only else attributes).flatten(1))
         return with_behaviour(e, rows, virtual.view(-1, self.slots, self.width)[which])
@@ -126,7 +126,7 @@ class TowerFill(Fill):
     def fill(self, e: Embedded, new: Tensor, user: Tensor) -> Embedded:
         rows = new.nonzero().squeeze(1)
         if not len(rows) or (self.training and not self.fill_in_training): return e
-        first, which = distinct(self.ranker.embeddings.codes[user[rows]])
+        first, which = distinct(self.ranker.embeddings.profile[user[rows]])
         return with_behaviour(e, rows, self.tower.virtual(e.attributes[rows[first]])[which])
 
     def loss(self, e: Embedded, old: Tensor, label: Tensor, ranker: Ranker) -> tuple[Tensor, dict[str, Tensor]]:

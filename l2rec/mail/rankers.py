@@ -47,6 +47,12 @@ def _ranges(sizes) -> tuple[Tensor, int]:
     return ends[:-1], int(ends[-1])
 
 
+def _profiles(codes: Tensor # Int[U, n_a]
+              ) -> Tensor:
+    "The number of each user's row of attributes among the different rows, Int[U]."
+    return torch.unique(codes, dim=0, return_inverse=True)[1]
+
+
 class Tables(nn.Module):
     "The embedding tables of a ranker and what looks vectors up in them. Codes of the data are buffers which do not travel with the weights."
 
@@ -67,6 +73,7 @@ class Tables(nn.Module):
                     brand_codes=features.brand)
         for name, value in data.items(): self.register_buffer(name, torch.tensor(value), persistent=False)
         for name, value in dict(attribute_start=attribute_start, context_start=context_start).items(): self.register_buffer(name, value, persistent=False)
+        self.register_buffer("profile", _profiles(self.codes), persistent=False)
         self.n_attributes, self.n_context = len(attribute_start), len(context_start)
 
     def attribute_vectors(self, codes: Tensor # Int[n, n_a], the code of each field
@@ -130,6 +137,7 @@ class Embeddings(Tables):
             raise ValueError(f"codes of shape {tuple(codes.shape)}: expected [n, {self.n_attributes}], a code for each attribute")
         first = len(self.codes)
         self.codes = torch.cat([self.codes, codes.to(self.codes)])
+        self.profile = _profiles(self.codes)
         self.new_user = torch.cat([self.new_user, self.new_user.new_ones(len(codes))])
         return torch.arange(first, len(self.codes), device=self.codes.device)
 

@@ -45,7 +45,9 @@ class _Module(L.LightningModule):
         return torch.optim.AdamW(self.model.parameters(), self.lr, betas=(.9, .98), weight_decay=self.weight_decay)
 
     def on_train_batch_start(self, batch, batch_idx):
-        torch.manual_seed((self.seed * 1_000_003 + self.global_step) * 64 + self.global_rank)
+        seed = (self.seed * 1_000_003 + self.global_step) * 64 + self.global_rank
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda": torch.cuda.manual_seed(seed)
 
     def training_step(self, batch, batch_idx):
         value, parts = self.model.loss(batch)
