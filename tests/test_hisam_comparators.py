@@ -13,7 +13,7 @@ from l2rec.data.splits import leave_last_fraction
 from l2rec.hisam.comparators import HSTUClicks, SemanticMLP, ngram_pieces, unigram_pieces
 from l2rec.hisam.histories import HistoryData, HistoryModule, HistoryWindows, as_histories
 from l2rec.hisam.tokenizer import SemanticIds
-from l2rec.hisam.transformer import ItemSide
+from l2rec.hisam.transformer import HiSAM, IdTransformer, ItemSide, SemanticTransformer
 from l2rec.training.contracts import build
 from l2rec.training.modules import fit
 from test_hisam_transformer import ids
@@ -152,3 +152,21 @@ def test_bad_input(split):
     with pytest.raises(ValueError, match="heads"): made(split, HSTUClicks, heads=3)
     with pytest.raises(ValueError, match="max_length=0"): made(split, HSTUClicks, max_length=0)
     with pytest.raises(ValueError, match="hidden"): made(split, SemanticMLP, hidden=(), vocabulary=40)
+
+
+@pytest.mark.parametrize("cls", [HSTUClicks, SemanticMLP, HiSAM, IdTransformer, SemanticTransformer])
+def test_frozen_questions_read_the_history_before_the_part_alone(split, cls):
+    split = replace(split, timestamp=None)               # click batches carry no times
+    model = made(split, cls)
+    data, alone = HistoryData(split, positions=64, max_length=6), ClickData(split, batch_size=13, max_length=6)
+    data.frozen = alone.frozen = True
+    def logits(loader): return {(int(u), int(c)): float(z) for batch in loader for u, c, z in zip(batch.user, batch.candidate, model(batch).detach())}
+    got, want = logits(data.test_dataloader()), logits(alone.test_dataloader())
+    assert got.keys() == want.keys() and max(abs(got[k] - want[k]) for k in got) < 1e-10
+    rating = split.rating.copy()
+    for u, n in enumerate(split.valid_end): rating[n:split.offsets[u + 1]] = 6 - rating[n:split.offsets[u + 1]]
+    other = HistoryData(replace(split, rating=rating), positions=64, max_length=6)
+    other.frozen = True
+    assert logits(other.test_dataloader()) == got        # no answer of the test is read
+    other.frozen = False
+    assert logits(other.test_dataloader()) != logits(HistoryData(split, positions=64, max_length=6).test_dataloader())

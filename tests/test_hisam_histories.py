@@ -194,3 +194,34 @@ def test_users_with_one_interaction():
     s = leave_last_fraction(dataset({1: [5], 2: [6, 7]}, rating=[4., 2., 5.]), 0., .5)
     batch = HistoryWindows(s, "train")[np.arange(2)]
     assert batch.length.tolist() == [1, 1] and batch.label.tolist() == [1., 0.]
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+@pytest.mark.parametrize("max_length, questions", [(1, None), (4, 3), (100, None)])
+@pytest.mark.parametrize("change", [None, "new"])
+def test_frozen_windows_against_a_loop(split, part, max_length, questions, change):
+    here = new_users(split, share=.3) if change else split
+    windows = HistoryWindows(here, part, max_length, questions=questions, frozen=True)
+    batch, got = windows[np.random.default_rng(0).permutation(len(windows))], []
+    gaps, label = gap_buckets(here.timestamp, here.offsets), (here.rating > 3).astype(float)
+    for at, row, seen in zip(batch.asked.tolist(), batch.row.tolist(), batch.seen.tolist()):
+        first = int(batch.offsets[row])
+        got.append((int(batch.window[row]), batch.item[at].item(), batch.feedback[at].item(), batch.gap[at].item(), batch.item[first:first + seen].tolist(), batch.feedback[first:first + seen].tolist()))
+    want, (begin, end) = [], here.bounds(part)
+    for u in range(here.n_users):
+        past = slice(begin[u] if here.new_user[u] else max(here.offsets[u], begin[u] - max_length), begin[u])
+        for n in range(begin[u], end[u]):
+            want.append((u, here.items[n], label[n], 0 if here.new_user[u] else gaps[begin[u]], here.items[past].tolist(), label[past].tolist()))
+    assert sorted(got) == sorted(want)
+    one_by_one = Clicks(here, part, max_length, frozen=True)
+    alone = one_by_one[np.arange(len(one_by_one))]
+    cut = lambda x: [x[a:b].tolist() for a, b in zip(alone.offsets, alone.offsets[1:])]
+    assert sorted((u, i, y, h, f) for u, i, y, _, h, f in want) == sorted(zip(alone.user.tolist(), alone.candidate.tolist(), alone.label.tolist(), cut(alone.history), cut(alone.feedback)))
+
+
+def test_training_questions_are_never_frozen(split):
+    for cls in (HistoryWindows, Clicks):
+        with pytest.raises(ValueError, match="frozen=True: of validation or test"): cls(split, "train", frozen=True)
+    data = HistoryData(split)
+    data.frozen = True
+    assert next(iter(data.train_dataloader())).seen is None and next(iter(data.test_dataloader())).seen is not None

@@ -374,3 +374,20 @@ def test_data_module_shuffles_training_alone():
 
 def test_field_is_plain():
     assert Field("a", ("unknown", "x")).encode(pl.Series("a", [None, "x"])).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("liked_only", [True, False])
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_frozen_questions_read_what_was_liked_before_the_part_alone(liked_only, part):
+    data = world()
+    split = new_users(leave_last_fraction(data, .2, .2), share=.3)
+    units = Questions(split, make_features(data, split), part, 4, liked_only=liked_only, frozen=True)
+    batch, (begin, end), at = units[np.arange(len(units))], split.bounds(part), 0
+    for u in range(split.n_users):
+        past = [] if split.new_user[u] else [(int(i), r > 3) for i, r in zip(split.items[split.offsets[u]:begin[u]], split.rating[split.offsets[u]:begin[u]]) if r > 3 or not liked_only][-4:]
+        for n in range(begin[u], end[u]):
+            mine = slice(int(batch.offsets[at]), int(batch.offsets[at + 1]))
+            assert (int(batch.user[at]), int(batch.candidate[at])) == (u, split.items[n])
+            assert list(zip(batch.history[mine].tolist(), batch.feedback[mine].bool().tolist())) == past
+            at += 1
+    assert at == len(batch)

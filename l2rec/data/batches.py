@@ -204,26 +204,29 @@ class ClickBatch:
 class Clicks(TorchDataset):
     "Click batches of `part`: `clicks[indices]` is a `ClickBatch`."
 
-    def __init__(self, split: Split, part: str = "train", max_length: int = 100, above: float = 3., device="cpu"):
+    def __init__(self, split: Split, part: str = "train", max_length: int = 100, above: float = 3., device="cpu",
+                 frozen: bool = False): # every history ends where the part begins: no question sees the answers to others
         if max_length < 1: raise ValueError(f"max_length={max_length}: at least 1")
+        if frozen and part == "train": raise ValueError("frozen=True: of validation or test; a training question without the answers before it has no history")
         if split.rating is None: raise ValueError(f"split {split.name!r}: clicks need a rating at every interaction, and the data has none or gaps")
         first, last = split.bounds(part)
         keep = last > first if part != "train" else (last > first) & split.train_user
         user = np.repeat(np.arange(split.n_users)[keep], (last - first)[keep])
         at = window_index(torch.from_numpy(first[keep]), torch.from_numpy(last[keep]))[0].numpy()
         if not len(at): raise ValueError(f"split {split.name!r}: no interaction in {part}")
-        start = np.where(split.new_user[user], at, np.maximum(split.offsets[user], at - max_length))
-        self.n, self.size = len(at), at - start
+        until = first[user] if frozen else at
+        start = np.where(split.new_user[user], until, np.maximum(split.offsets[user], until - max_length))
+        self.n, self.size = len(at), until - start
         on = lambda a: torch.from_numpy(np.ascontiguousarray(a)).to(device)
         self.items, self.label = on(split.items), on((split.rating > above).astype(np.float32))
-        self.user, self.at, self.start = on(user), on(at), on(start)
+        self.user, self.at, self.start, self.until = on(user), on(at), on(start), on(until)
 
     def __len__(self) -> int: return self.n
 
     def __getitem__(self, indices: np.ndarray) -> ClickBatch:
         unit = torch.from_numpy(np.asarray(indices)).to(self.items.device)
         at = self.at[unit]
-        index, offsets = window_index(self.start[unit], at)
+        index, offsets = window_index(self.start[unit], self.until[unit])
         return ClickBatch(self.user[unit], self.items[at], self.label[at], self.items[index], self.label[index], offsets, torch.from_numpy(self.size[indices]))
 
 # %% ../../nbs/data/07_batches.ipynb #c37
@@ -233,11 +236,12 @@ class ClickData(L.LightningDataModule):
     def __init__(self, split: Split, batch_size: int = 1024, max_length: int = 100, above: float = 3., seed: int = 0, num_workers: int = 0):
         super().__init__()
         self.split, self.batch_size, self.max_length, self.above, self.seed, self.num_workers = split, batch_size, max_length, above, seed, num_workers
+        self.frozen = False                 # True: histories of validation and test end where these parts begin, see `Clicks`
 
     _device, _loader = SequenceData._device, SequenceData._loader
 
     def _part(self, part: str) -> DataLoader:
-        return self._loader(Clicks(self.split, part, self.max_length, self.above, self._device()), self.batch_size, part == "train")
+        return self._loader(Clicks(self.split, part, self.max_length, self.above, self._device(), self.frozen and part != "train"), self.batch_size, part == "train")
 
     def train_dataloader(self) -> DataLoader: return self._part("train")
 

@@ -17,7 +17,7 @@ from torch.nn.functional import embedding_bag, pad, silu
 
 from ..data.splits import Split, training_counts
 from .histories import GAPS
-from .transformer import ItemSide, Window, WindowModel, at_places, learned_table, places
+from .transformer import ItemSide, Window, WindowModel, at, items_before, learned_table
 from ..training.dropout import Dropout
 
 # %% ../../nbs/hisam/12_comparators.ipynb #c06
@@ -38,11 +38,11 @@ class HSTULayer(nn.Module):
 
     def aggregate(self, q: Tensor, k: Tensor, v: Tensor, # Float[B, H, C, d] of the stream's own items
                   hk: Tensor, hv: Tensor,                # Float[B, H, T, d] of the history stream
-                  place: Tensor,                         # Int[B or 1, C], items before each
+                  before: Tensor,                        # Int[B or 1, C], items of the history that each sees
                   ) -> Tensor:
         "A V over the own item (distance 0) and the history before it, Float[B, C, D]."
-        distance = place[..., None] - torch.arange(hk.shape[2], device=hk.device)                          # [B or 1, C, T]
-        a = silu(q @ hk.transpose(-1, -2) + self.bias[:, distance.clamp(min=0)].transpose(0, 1)) * (distance > 0)[:, None]
+        distance = before[..., None] - torch.arange(hk.shape[2], device=hk.device)                          # [B or 1, C, T]
+        a = silu(q @ hk.transpose(-1, -2) + self.bias[:, distance.clamp(0, self.size - 1)].transpose(0, 1)) * (distance > 0)[:, None]
         own = silu((q * k).sum(-1, keepdim=True) + self.bias[:, 0, None, None])
         return ((a @ hv + own * v) / self.size).transpose(1, 2).flatten(-2)
 
@@ -66,13 +66,13 @@ class HSTUClicks(WindowModel):
         return cls(split.n_items, width, layers, heads, dropout, max_length)
 
     def answer(self, w: Window) -> Tensor:
-        item, gap, place = self.item(w.item), self.gap(w.gap), places(w)
+        item, gap, before = self.item(w.item), self.gap(w.gap), items_before(w)
         h = self.drop(item + gap + self.feedback(w.feedback.long()))
-        x = self.drop(at_places(item + gap, w) + self.feedback.weight[2])
+        x = self.drop(at(item + gap, w.place) + self.feedback.weight[2])
         every = torch.arange(w.item.shape[1], device=h.device)[None]
         for n, layer in enumerate(self.layers):
             (hu, hv, hq, hk), (u, v, q, k) = layer.parts(h), layer.parts(x)
-            x = layer.finish(x, u, layer.aggregate(q, k, v, hk, hv, place))
+            x = layer.finish(x, u, layer.aggregate(q, k, v, hk, hv, before))
             if n < len(self.layers) - 1: h = layer.finish(h, hu, layer.aggregate(hq, hk, hv, hk, hv, every))
         return self.head(x)[..., 0]
 
@@ -149,10 +149,10 @@ class SemanticMLP(SemanticMLP):
 
     def answer(self, w: Window) -> Tensor:
         x = self.drop(self.vectors()[w.item])                                                    # [B, T, D]
-        candidate, inputs = at_places(x, w), []
+        candidate, before, inputs = at(x, w.place), None if w.place is None else items_before(w), []
         for mine in (w.feedback, 1 - w.feedback):
             weight = (mine * w.real)[..., None]
             total, count = (pad(y[:, :-1], (0, 0, 1, 0)).cumsum(1) for y in (x * weight, weight))  # of the items before each position
-            pooled = at_places(total / count.clamp(min=1), w)
-            inputs += [pooled, pooled * candidate, at_places(count, w).log1p()]
-        return self.network(torch.cat([candidate + self.gap(at_places(w.gap, w)), *inputs], -1))[..., 0]
+            pooled = at(total / count.clamp(min=1), before)
+            inputs += [pooled, pooled * candidate, at(count, before).log1p()]
+        return self.network(torch.cat([candidate + self.gap(at(w.gap, w.place)), *inputs], -1))[..., 0]

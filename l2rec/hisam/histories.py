@@ -47,6 +47,7 @@ class Histories:
     offsets: Tensor   # Int[B+1] window b is item[offsets[b]:offsets[b+1]]
     length: Tensor    # Int[B] on the host: positions of each window
     asked: Tensor     # Int[Q] positions that are questions, ascending
+    seen: Tensor | None = None # Int[Q] items of its window, the oldest, that each question may read; None: all before it
 
     def __len__(self) -> int: return len(self.asked)
 
@@ -66,7 +67,8 @@ class Histories:
 
     def to(self, device, **kwargs) -> "Histories":
         "The batch on another device; `length` stays on the host."
-        return Histories(**{f.name: getattr(self, f.name) if f.name == "length" else getattr(self, f.name).to(device, **kwargs) for f in fields(self)})
+        move = lambda name, value: value if name == "length" or value is None else value.to(device, **kwargs)
+        return Histories(**{f.name: move(f.name, getattr(self, f.name)) for f in fields(self)})
 
 # %% ../../nbs/hisam/09_histories.ipynb #c11
 class HistoryWindows(TorchDataset):
@@ -77,8 +79,10 @@ class HistoryWindows(TorchDataset):
                  max_length: int = 100,         # items before a question, at most
                  above: float = 3.,             # a rating above this is a like
                  questions: int | None = None,  # of a window, at most; None: all positions in training, a quarter of the window in evaluation
-                 device="cpu"):
+                 device="cpu",
+                 frozen: bool = False):         # every history ends where the part begins, see `Clicks`
         "Raises `ValueError` for a split without ratings or a part without interactions."
+        if frozen and part == "train": raise ValueError("frozen=True: of validation or test; a training question without the answers before it has no history")
         if max_length < 1: raise ValueError(f"max_length={max_length}: at least 1")
         most = max_length + 1
         questions = questions or (most if part == "train" else max(1, most // 4))
@@ -93,22 +97,26 @@ class HistoryWindows(TorchDataset):
         which = np.arange(len(user)) - np.repeat(np.cumsum(count) - count, count)      # 0 = the newest window of its user
         end = last[user] - which * asked[user]
         ask = np.maximum(end - asked[user], first[user])
-        start = np.where(split.new_user[user], ask, np.maximum(split.offsets[user], ask - (most - questions)))
-        self.n, self.size, self.n_questions = len(user), end - start, end - ask
+        until, back = (first[user], max_length) if frozen else (ask, most - questions)   # the history is start:until, the questions are ask:end
+        start = np.where(split.new_user[user], until, np.maximum(split.offsets[user], until - back))
+        self.n, self.size, self.n_questions, self.frozen = len(user), until - start + end - ask, end - ask, frozen
         on = lambda a: torch.from_numpy(np.ascontiguousarray(a)).to(device)
         hidden = np.repeat(split.new_user, np.diff(split.offsets))
         self.items, self.label = on(split.items), on((split.rating > above).astype(np.float32))
         self.gap = on(np.where(hidden, 0, gap_buckets(split.timestamp, split.offsets)))
-        self.user, self.start, self.ask, self.end = on(user), on(start), on(ask), on(end)
+        self.user, self.start, self.until, self.ask, self.end = on(user), on(start), on(until), on(ask), on(end)
 
     def __len__(self) -> int: return self.n
 
     def __getitem__(self, indices: np.ndarray) -> Histories:
         unit = torch.from_numpy(np.asarray(indices)).to(self.items.device)
-        start, ask, end = self.start[unit], self.ask[unit], self.end[unit]
-        index, offsets = window_index(start, end)
-        asked, _ = window_index(offsets[:-1] + ask - start, offsets[1:])
-        return Histories(self.user[unit], self.items[index], self.label[index], self.gap[index], offsets, torch.from_numpy(self.size[indices]), asked)
+        start, until, ask, end = self.start[unit], self.until[unit], self.ask[unit], self.end[unit]
+        index, ends = window_index(torch.stack([start, ask], 1).flatten(), torch.stack([until, end], 1).flatten())
+        asked, each = window_index(ends[1::2], ends[2::2])
+        batch = Histories(self.user[unit], self.items[index], self.label[index], self.gap[index], ends[::2], torch.from_numpy(self.size[indices]), asked)
+        if not self.frozen: return batch
+        of_each = lambda x: x.repeat_interleave(each.diff(), output_size=len(asked))
+        return replace(batch, gap=batch.gap.index_copy(0, asked, of_each(self.gap[until])), seen=of_each(until - start))
 
 # %% ../../nbs/hisam/09_histories.ipynb #c17
 def as_histories(batch: ClickBatch,
@@ -165,7 +173,7 @@ class HistoryData(ClickData):
 
     def _part(self, part: str) -> DataLoader:
         train = part == "train"
-        units = HistoryWindows(self.split, part, self.max_length, self.above, None if train else self.questions, self._device())
+        units = HistoryWindows(self.split, part, self.max_length, self.above, None if train else self.questions, self._device(), self.frozen and not train)
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         order = LengthBatches(units.size, self.positions if train else 4 * self.positions, train, self.seed, rank, world)
         return DataLoader(units, sampler=order, batch_size=None, num_workers=self.num_workers)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEMORIES', 'ANCHORS', 'STARTS', 'learned_table', 'ItemTokens', 'IdTokens', 'CodeTokens', 'FeatureTokens',
-           'last_token_attention', 'Block', 'Window', 'as_window', 'WindowModel', 'places', 'at_places',
+           'last_token_attention', 'Block', 'Window', 'as_window', 'WindowModel', 'items_before', 'at',
            'ItemTransformer', 'ItemSide', 'HiSAM', 'SemanticTransformer', 'FeatureTransformer', 'IdTransformer']
 
 # %% ../../nbs/hisam/10_transformer.ipynb #c02
@@ -166,16 +166,17 @@ class Window:
     real: Tensor            # Bool[B, T]; padding is at the end
     place: Tensor | None    # Int[B, C] index in the window of each candidate; None: every position is one (C = T)
     asked: Tensor           # Bool[B, C], which candidates are questions
+    before: Tensor | None = None # Int[B, C] items of the window that each candidate sees; None: all before its place
 
 
 def as_window(batch: Histories) -> Window:
     "Rectangles of a flat batch. Questions, read row by row where `asked`, are in the order of `batch.asked`."
     item, real = padded(batch.item, batch.offsets)
     feedback, gap = (padded(x, batch.offsets)[0] for x in (batch.feedback, batch.gap))
-    if len(batch.asked) == len(batch.item): return Window(item, feedback, gap, real, None, real)
+    if batch.seen is None and len(batch.asked) == len(batch.item): return Window(item, feedback, gap, real, None, real)
     ends = torch.searchsorted(batch.asked, batch.offsets)                                     # [B+1] questions before each window
     place, asked = padded(batch.asked - batch.offsets[:-1].repeat_interleave(ends.diff(), output_size=len(batch)), ends)
-    return Window(item, feedback, gap, real, place, asked)
+    return Window(item, feedback, gap, real, place, asked, None if batch.seen is None else padded(batch.seen, ends)[0])
 
 # %% ../../nbs/hisam/10_transformer.ipynb #c22
 class WindowModel(Click):
@@ -189,9 +190,9 @@ class WindowModel(Click):
     def window(self, batch: Histories | ClickBatch) -> Window:
         "The batch as rectangles. Raises `ValueError` for windows of more than max_length + 1 items."
         if not isinstance(batch, Histories): return as_window(as_histories(batch, self.max_length))
-        if int(batch.length.max()) > self.max_length + 1:
-            raise ValueError(f"a window of {int(batch.length.max())} items, and the model was made for max_length={self.max_length} items and a question; "
-                             "give HistoryData the same max_length")
+        longest = int(batch.length.max()) - 1 if batch.seen is None else int(batch.seen.max())
+        if longest > self.max_length:
+            raise ValueError(f"a question behind {longest} items, and the model was made for max_length={self.max_length}; give HistoryData the same max_length")
         return as_window(batch)
 
     def answer(self, w: Window) -> Tensor:
@@ -204,15 +205,17 @@ class WindowModel(Click):
         return self.answer(w)[w.asked]
 
 
-def places(w: Window) -> Tensor:
-    "Index in its window of each place of the candidate stream, Int[B, C] or [1, T]: also the number of items before it."
+def items_before(w: Window) -> Tensor:
+    "How many items of its window each place of the candidate stream sees, the oldest: Int[B, C] or [1, T]."
+    if w.before is not None: return w.before
     return torch.arange(w.item.shape[1], device=w.item.device)[None] if w.place is None else w.place
 
 
-def at_places(x: Tensor,  # [B, T, ...]
-              w: Window) -> Tensor:
-    "What stands at the places of the candidate stream, [B, C, ...]."
-    return x if w.place is None else x.gather(1, w.place.view(*w.place.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
+def at(x: Tensor,             # [B, T, ...]
+       place: Tensor | None,  # Int[B, C] places in the window; None: every one
+       ) -> Tensor:
+    "What stands at places of a window, [B, C, ...]."
+    return x if place is None else x.gather(1, place.view(*place.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
 
 # %% ../../nbs/hisam/10_transformer.ipynb #c23
 class ItemTransformer(WindowModel):
@@ -323,8 +326,8 @@ class ItemTransformer(ItemTransformer):
         tokens, by = self.item_tokens(w.item), self.turns(w.item.shape[1], w.item.device)
         history = self.drop(tokens + self.states(w.feedback, w.gap))
         if w.place is None: return history, by, self.drop(tokens + self.states(None, w.gap)), by, "causal"
-        candidates = at_places(tokens, w) + self.states(None, at_places(w.gap, w))
-        return history, by, self.drop(candidates), None if by is None else by[w.place], w.place
+        candidates, before = at(tokens, w.place) + self.states(None, at(w.gap, w.place)), items_before(w)
+        return history, by, self.drop(candidates), None if by is None else by[before], before
 
     def answer(self, w: Window) -> Tensor:
         h, by_h, x, by, before = self._streams(w)

@@ -285,29 +285,29 @@ class Questions(Clicks):
                  above: float = 3.,        # a rating above this is a like
                  liked_only: bool = True,  # False: disliked items stay in the history, with feedback 0
                  *, newest: int | None = None, # of training: only questions among each user's newest so many interactions; None: all
-                 device="cpu"):
-        super().__init__(split, part, max_length, above, device)
+                 device="cpu", frozen: bool = False): # see `Clicks`
+        super().__init__(split, part, max_length, above, device, frozen)
         if newest is not None and newest < 1: raise ValueError(f"newest={newest}: at least 1 question of each user, or None for all")
         asked = torch.from_numpy(features.askable).to(device)[self.items[self.at]]
         if newest is not None and part == "train": asked &= torch.from_numpy(split.train_end).to(device)[self.user] - self.at <= newest
         keep = asked.nonzero()[:, 0]
         if not len(keep): raise ValueError(f"split {split.name!r}: no question in {part}: every item there is one that only occurs as behaviour")
         self.n, self.size = len(keep), self.size[keep.cpu().numpy()]
-        self.user, self.at, self.start, self.end = self.user[keep], self.at[keep], self.start[keep], self.at[keep]
+        self.user, self.at, self.start, self.until = self.user[keep], self.at[keep], self.start[keep], self.until[keep]
         self.past, self.past_label = self.items, self.label
         if liked_only:
             before = torch.cat([self.label.new_zeros(1).long(), self.label.long().cumsum(0)])    # likes before each position
             first = before[torch.from_numpy(split.offsets[:-1]).to(device)[self.user]]
-            self.past, self.past_label, self.end = self.items[self.label > 0], self.label[self.label > 0], before[self.at]
+            self.past, self.past_label, self.until = self.items[self.label > 0], self.label[self.label > 0], before[self.until]
             new = torch.from_numpy(split.new_user).to(device)[self.user]
-            self.start = torch.where(new, self.end, torch.maximum(first, self.end - max_length))
-            self.size = (self.end - self.start).cpu().numpy()
+            self.start = torch.where(new, self.until, torch.maximum(first, self.until - max_length))
+            self.size = (self.until - self.start).cpu().numpy()
         self.context = None if features.context is None else torch.from_numpy(features.context).to(device)
 
     def __getitem__(self, indices: np.ndarray) -> Question:
         unit = torch.from_numpy(np.asarray(indices)).to(self.items.device)
         at = self.at[unit]
-        index, offsets = window_index(self.start[unit], self.end[unit])
+        index, offsets = window_index(self.start[unit], self.until[unit])
         return Question(self.user[unit], self.items[at], self.label[at], self.past[index], self.past_label[index], offsets,
                         torch.from_numpy(self.size[indices]), None if self.context is None else self.context[at])
 
@@ -342,5 +342,6 @@ class Impressions(ClickData):
         self.features, self.liked_only, self.newest = features, liked_only, newest
 
     def _part(self, part: str):
-        units = Questions(self.split, self.features, part, self.max_length, self.above, self.liked_only, newest=self.newest, device=self._device())
+        units = Questions(self.split, self.features, part, self.max_length, self.above, self.liked_only, newest=self.newest, device=self._device(),
+                          frozen=self.frozen and part != "train")
         return self._loader(units, self.batch_size, part == "train")
