@@ -272,6 +272,52 @@ def test_what_a_variant_changes_besides(runs):
     assert note == '**Number and kind of levels change together**: 2 levels are 2 shared and none of one modality; 4 levels (Hi-SAM) are 2 shared and 2 of one modality; 6 levels are 2 shared and 4 of one modality.'
     assert 'said of their kind' in click_through.describe_sizes(click_through.sizes_table(runs)) and click_through.sizes_table(click_through.within(runs, ['hi-sam', 'hi-sam+codes-64'])).notes == ()
 
+# ---- frozen histories, floors
+
+def test_frozen_runs_are_the_same_runs_asked_otherwise(runs, own):
+    still = click_through.frozen_runs(runs)
+    assert still.keys() == runs.keys() and click_through.frozen_runs(still) is None
+    for key in (still.keys()[0], still.keys()[-1]):
+        old, new = runs.records[key].metrics, still.records[key].metrics
+        assert all(new[k] == old[k.replace('test/', 'test_frozen/')] for k in new if k.startswith('test/')) and not any(k.startswith('test_frozen/') for k in new)
+        assert new['time/train_seconds'] == old['time/train_seconds'] and new['test/auc'] != old['test/auc']
+        table = dict(still.metrics.filter(dataset=key[0], model=key[1], seed=key[2]).select('metric', 'value').rows())
+        assert table['test/gauc'] == old['test_frozen/gauc'] and not any(k.startswith('test_frozen/') for k in table)
+    users = runs.per_user.filter(model='din', seed=0)
+    assert still.per_user.filter(model='din', seed=0)['auc'].equals(users['frozen/auc'].alias('auc'), null_equal=True) and 'frozen/auc' not in still.per_user.columns
+    rewritten(record_path(own, 'demo', 'click_through', FILMS, 'din', '', 0), lambda m: {k: v for k, v in m.items() if not k.startswith('test_frozen/')})
+    some = click_through.frozen_runs(tables.read_experiment(own, 'demo', 'click_through'))
+    assert (FILMS, 'din', 0) not in some.keys() and (FILMS, 'din', 1) in some.keys() and some.per_user.filter(model='din', seed=0).is_empty()
+
+def test_what_is_said_of_frozen_histories(runs):
+    still = click_through.frozen_runs(runs)
+    gains = click_through.hisam_minus(still, click_through.main_models(still))
+    r = row(gains, model='din', metric='gauc')
+    for s in range(SEEDS): assert runs.records[FILMS, 'din', s].metrics['test_frozen/gauc'] == still.records[FILMS, 'din', s].metrics['test/gauc']
+    assert r['mean'] == pytest.approx(np.mean([runs.records[FILMS, 'hi-sam', s].metrics['test_frozen/gauc'] - runs.records[FILMS, 'din', s].metrics['test_frozen/gauc'] for s in range(SEEDS)]))
+    said = click_through.describe_frozen(runs, still, gains)
+    mean = lambda part: tables.number(np.mean([runs.records[FILMS, 'hstu', s].metrics[f'{part}/gauc'] for s in range(SEEDS)]))
+    assert f'{mean("test")} and {mean("test_frozen")} for HSTU-like' in said and 'Frozen, by GAUC Hi-SAM is above' in said
+    table = click_through.click_through_table(still, 'click-through-frozen', gains, answers=click_through.FROZEN)
+    assert 'no question of the test sees an answer of it' in table.caption and 'accumulate' not in table.caption
+    (effect,) = click_through.frozen(click_through.beats('hi-sam', 'din', 'gauc'))(runs)
+    assert effect.value == pytest.approx(r['mean'])
+    (none,) = click_through.frozen(click_through.beats('hi-sam', 'din', 'gauc'))(still)
+    assert none.value is None and none.reason == 'no record was asked with frozen histories'
+
+def test_floors_stand_last_and_are_neither_tuned_nor_timed(own):
+    for floor in click_through.FLOORS:
+        for seed in range(SEEDS):
+            shutil.copytree(record_path(own, 'demo', 'click_through', FILMS, 'din', '', seed), record_path(own, 'demo', 'click_through', FILMS, floor, '', seed))
+    found = tables.read_experiment(own, 'demo', 'click_through')
+    models = click_through.main_models(found)
+    assert models[-3:] == list(click_through.FLOORS) and models[0] == 'hi-sam' and click_through.untuned(found, FILMS, models) == []
+    table = click_through.click_through_table(found)
+    assert [r[1] for r in table.rows[-3:]] == list(click_through.FLOORS.values()) and table.caption.endswith('The last rows are counted and not trained.')
+    assert not set(click_through.FLOORS) & set(click_through.cost_table(found).long['model'])
+    (equal,) = click_through.beats('both-rates', 'item-rate')(found)
+    assert equal.value == 0.
+
 # ---- the tokenizer
 
 def test_a_tokenizer_on_another_split_gives_way(own):
@@ -445,5 +491,5 @@ def test_the_report_of_two_models_with_one_seed_and_no_further_files(own):
             shutil.rmtree(path / 'seed-1')
             rewritten(path / 'seed-0', lambda m: {k: v for k, v in m.items() if k.startswith('test/')})
     text = report(own)
-    assert text.count('Not drawn') == 14 and 'By AUC it is above DIN' in text and "no run record of the experiment 'attention_efficiency'" in text and 'over users only where there is one seed' in text
+    assert text.count('Not drawn') == 15 and 'By AUC it is above DIN' in text and "no run record of the experiment 'attention_efficiency'" in text and 'over users only where there is one seed' in text
     assert {p.name for p in (own / 'demo').glob('*/*') if p.is_file()} == {f'click-through.{s}' for s in ('csv', 'md', 'tex')} | {f'click-through-auc.{s}' for s in ('csv', 'png', 'pdf')}

@@ -10,7 +10,7 @@ from torch.nn.functional import gelu, layer_norm, silu
 from l2rec.data.batches import ClickData
 from l2rec.data.dataset import DataError
 from l2rec.data.splits import leave_last_fraction
-from l2rec.hisam.comparators import HSTUClicks, SemanticMLP, ngram_pieces, unigram_pieces
+from l2rec.hisam.comparators import AnswerRate, BothRates, HSTUClicks, ItemRate, SemanticMLP, ngram_pieces, unigram_pieces
 from l2rec.hisam.histories import HistoryData, HistoryModule, HistoryWindows, as_histories
 from l2rec.hisam.tokenizer import SemanticIds
 from l2rec.hisam.transformer import HiSAM, IdTransformer, ItemSide, SemanticTransformer
@@ -170,3 +170,24 @@ def test_frozen_questions_read_the_history_before_the_part_alone(split, cls):
     assert logits(other.test_dataloader()) == got        # no answer of the test is read
     other.frozen = False
     assert logits(other.test_dataloader()) != logits(HistoryData(split, positions=64, max_length=6).test_dataloader())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("cls, item, answers", [(ItemRate, True, False), (AnswerRate, False, True), (BothRates, True, True)])
+def test_floors_count(split, cls, item, answers, frozen):
+    model = build(cls, split, 0, item=7., answers=3., max_length=6).double()
+    assert not list(model.parameters())
+    label = split.rating > 3
+    train = [(int(split.items[n]), bool(label[n])) for a, b in zip(split.offsets, split.train_end) for n in range(a, b)]
+    mean, logit = np.mean([y for _, y in train]), lambda p: np.log(p / (1 - p))
+    data, got, want = HistoryData(split, positions=64, max_length=6, questions=1), [], []
+    data.frozen = frozen
+    for batch in data.test_dataloader(): got += zip(batch.user.tolist(), batch.candidate.tolist(), model(batch).tolist())
+    for u in range(split.n_users):
+        for n in range(split.valid_end[u], split.offsets[u + 1]):
+            until = split.valid_end[u] if frozen else n
+            past, of_item = label[max(split.offsets[u], until - 6):until], [y for j, y in train if j == split.items[n]]
+            logits = [logit((sum(of_item) + 7 * mean) / (len(of_item) + 7))] * item + [logit((past.sum() + 3 * mean) / (len(past) + 3))] * answers
+            want.append((u, int(split.items[n]), sum(logits) - logit(mean) * (len(logits) - 1)))
+    np.testing.assert_allclose(sorted(got), sorted(want), atol=1e-5)
+    with pytest.raises(ValueError, match="all .* training labels are 1"): build(cls, replace(split, rating=np.full_like(split.rating, 5)), 0)
