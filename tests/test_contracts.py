@@ -63,7 +63,8 @@ def test_nothing_is_known_about_a_user_without_history(name, split):
     model, units = make(name, split), Targets(split, "test", 5)
     new = np.flatnonzero(units.size == 0)
     scores = model.scores(units[new])
-    assert len(new) > 1 and (scores == scores[0]).all()
+    assert len(new) > 1
+    torch.testing.assert_close(scores, scores[:1].expand_as(scores))     # rows of one matrix product may differ in the last digit
     if name not in ("popularity", "l2rec", "lora"):       # L2Rec reads an empty text, the same for everybody
         assert (scores == 0).all()
 

@@ -8,6 +8,7 @@ __all__ = ['Retrieval', 'Click', 'build']
 # %% ../../nbs/training/01_contracts.ipynb #c02
 import difflib
 import inspect
+import time
 
 import torch
 from torch import Tensor, nn
@@ -66,4 +67,7 @@ def build(cls: type[Retrieval] | type[Click], split: Split, seed: int = 0, **hyp
             near = difflib.get_close_matches(name, known, 1)
             raise ValueError(f"{cls.__name__} takes no parameter {name!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f" It takes: {', '.join(known) or 'none'}")
     torch.manual_seed(seed)
-    return cls.from_split(split, **hyperparameters)
+    began = time.perf_counter()
+    model = cls.from_split(split, **hyperparameters)
+    model.build_seconds = time.perf_counter() - began
+    return model

@@ -169,7 +169,7 @@ def set_up(cls: type[Retrieval], split: Split, seed: int = 0, hyperparameters: d
 class Fit:
     "What training did."
     history: pl.DataFrame   # one row an epoch
-    seconds: float          # spent in training steps, all epochs, also those before an interruption
+    seconds: float          # spent in training steps, all epochs, also those before an interruption; in building, where there is nothing to train
     epochs: int
     best_epoch: int         # whose weights the model has now
 
@@ -194,7 +194,7 @@ def fit(module: RetrievalModule | ClickModule, data: SequenceData | ClickData,
     "Train `module.model`, leaving the weights of the best validation in it."
     for name, value in dict(max_epochs=max_epochs, patience=patience, every=every).items():
         if value < 1: raise ValueError(f"{name}={value}: at least 1")
-    if not any(p.requires_grad for p in module.model.parameters()): return Fit(pl.DataFrame(), 0., 0, 0)
+    if not any(p.requires_grad for p in module.model.parameters()): return Fit(pl.DataFrame(), getattr(module.model, "build_seconds", 0.), 0, 0)
     if not checkpoints:
         with tempfile.TemporaryDirectory() as folder: return fit(module, data, max_epochs, patience, every, monitor, folder, precision, progress)
     folder, history = Path(checkpoints), History()
