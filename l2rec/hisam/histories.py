@@ -112,8 +112,9 @@ class HistoryWindows(TorchDataset):
         unit = torch.from_numpy(np.asarray(indices)).to(self.items.device)
         start, until, ask, end = self.start[unit], self.until[unit], self.ask[unit], self.end[unit]
         index, ends = window_index(torch.stack([start, ask], 1).flatten(), torch.stack([until, end], 1).flatten())
-        asked, each = window_index(ends[1::2], ends[2::2])
-        batch = Histories(self.user[unit], self.items[index], self.label[index], self.gap[index], ends[::2], torch.from_numpy(self.size[indices]), asked)
+        offsets = ends[::2].contiguous()
+        asked, each = window_index(ends[1::2].contiguous(), offsets[1:])
+        batch = Histories(self.user[unit], self.items[index], self.label[index], self.gap[index], offsets, torch.from_numpy(self.size[indices]), asked)
         if not self.frozen: return batch
         of_each = lambda x: x.repeat_interleave(each.diff(), output_size=len(asked))
         return replace(batch, gap=batch.gap.index_copy(0, asked, of_each(self.gap[until])), seen=of_each(until - start))

@@ -287,7 +287,7 @@ class ItemTransformer(ItemTransformer):
 
     def history_layers(self, x: Tensor,      # Float[B, T, P, D], items with feedback
                        by: Tensor | None,    # Complex[T, P, 1, d/2] their turns
-                       past=None,            # keys and values [B, T', M, H, d] of each layer that come before
+                       past=None,            # keys and values [B, T', M, H, d] of each layer, for items that see these and not each other
                        before="causal"):     # items of the memory that each item sees
         "Keys and values of the memory, Float[B, T, M, H, d] each, layer by layer."
         of = lambda at: None if by is None else by[..., at, :, :]
@@ -302,7 +302,7 @@ class ItemTransformer(ItemTransformer):
             q, k, v = block.project(x, of(given), last)
             mk, mv = k[:, :, self.offered], v[:, :, self.offered]
             yield mk, mv
-            if past is not None: mk, mv = torch.cat([past[n][0], mk], 1), torch.cat([past[n][1], mv], 1)
+            if past is not None: mk, mv = past[n]
             x = block.finish(x[:, :, -1:] if last else x, self._attend(q, k, v, mk, mv, before, last, self.offered.stop - 1))
 
 # %% ../../nbs/hisam/10_transformer.ipynb #c29

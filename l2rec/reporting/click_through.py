@@ -491,7 +491,7 @@ def describe_frozen(
     lines = []
     for dataset in frozen.datasets():
         models = [m for m in main_models(frozen) if m in frozen.metrics.filter(dataset=dataset)['model']]
-        gauc = {m: [mean_of(r, dataset, m, 'test/gauc')[0] for r in (runs, frozen)] for m in models}
+        gauc = {m: [paired(r, dataset, m, metrics=['gauc'])['mean'].item() for r in (runs, frozen)] for m in models}
         text = f"**{dataset}**: GAUC, answers streaming and frozen, is " + listed(f"{number(a)} and {number(b)} for {name_of(m)}" for m, (a, b) in gauc.items()) + '.'
         for metric, said in (('gauc', 'GAUC'), ('auc', 'AUC')):
             if (rows := gains.filter(dataset=dataset, metric=metric)).height: text += f' Frozen, by {said} Hi-SAM is {said_of(rows, metric == "gauc")}.'
