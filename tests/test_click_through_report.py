@@ -318,6 +318,28 @@ def test_floors_stand_last_and_are_neither_tuned_nor_timed(own):
     (equal,) = click_through.beats('both-rates', 'item-rate')(found)
     assert equal.value == 0.
 
+def test_forgetful_training_against_itself_without(own, runs):
+    with pytest.raises(ValueError, match='no run of click_through is one with forgetful training'): click_through.forget_table(click_through.within(runs, ['hi-sam', 'din']))
+    for seed in range(SEEDS):
+        for better, model in (('hi-sam', 'din'), ('semantic-mlp', 'hstu')):       # as if forgetting made DIN a Hi-SAM
+            shutil.copytree(record_path(own, 'demo', 'click_through', FILMS, better, '', seed), record_path(own, 'demo', 'click_through', FILMS, model, 'forget', seed))
+    found = tables.read_experiment(own, 'demo', 'click_through')
+    found = click_through.within(found, ['din', 'hstu', 'din+forget', 'hstu+forget'])
+    table = click_through.forget_table(found)
+    assert [r[1] for r in table.rows] == ['DIN', 'HSTU-like'] and [h[0] for h in table.columns[3:]] == ['answers streaming'] * 3 + ['answers frozen'] * 3
+    for way, part in (('streaming', 'test'), ('frozen', 'test_frozen')):
+        for column in click_through.FORGET_SHOWN:
+            for better, model in (('hi-sam', 'din'), ('semantic-mlp', 'hstu')):
+                mean = lambda m: np.mean([runs.records[FILMS, m, s].metrics[f'{part}/{column}'] for s in range(SEEDS)])
+                assert row(table.long, model=f'{model}+forget', metric=f'forget-minus/{way}/{column}')['mean'] == pytest.approx(mean(better) - mean(model))
+                assert row(table.long, model=f'{model}+forget', metric=f'test/{way}/{column}')['mean'] == pytest.approx(mean(better))
+    said = click_through.describe_forget(table)
+    gains = [row(table.long, model=f'{m}+forget', metric='forget-minus/frozen/gauc')['mean'] for m in ('din', 'hstu')]
+    assert f'frozen GAUC from {click_through.signed(min(gains))} to {click_through.signed(max(gains))} (interval above zero for 2 of 2 models, below for 0)' in said
+    (effect,) = click_through.frozen(click_through.beats('hstu+forget', 'hstu', 'auc'))(found)
+    assert effect.value == pytest.approx(row(table.long, model='hstu+forget', metric='forget-minus/frozen/auc')['mean'])
+    assert 'din+forget' not in click_through.main_models(found)
+
 # ---- the tokenizer
 
 def test_a_tokenizer_on_another_split_gives_way(own):
@@ -491,5 +513,5 @@ def test_the_report_of_two_models_with_one_seed_and_no_further_files(own):
             shutil.rmtree(path / 'seed-1')
             rewritten(path / 'seed-0', lambda m: {k: v for k, v in m.items() if k.startswith('test/')})
     text = report(own)
-    assert text.count('Not drawn') == 15 and 'By AUC it is above DIN' in text and "no run record of the experiment 'attention_efficiency'" in text and 'over users only where there is one seed' in text
+    assert text.count('Not drawn') == 16 and 'By AUC it is above DIN' in text and "no run record of the experiment 'attention_efficiency'" in text and 'over users only where there is one seed' in text
     assert {p.name for p in (own / 'demo').glob('*/*') if p.is_file()} == {f'click-through.{s}' for s in ('csv', 'md', 'tex')} | {f'click-through-auc.{s}' for s in ('csv', 'png', 'pdf')}

@@ -11,12 +11,12 @@ from l2rec.data.batches import ClickData
 from l2rec.data.dataset import DataError
 from l2rec.data.splits import leave_last_fraction
 from l2rec.hisam.comparators import AnswerRate, BothRates, HSTUClicks, ItemRate, SemanticMLP, ngram_pieces, unigram_pieces
-from l2rec.hisam.histories import HistoryData, HistoryModule, HistoryWindows, as_histories
+from l2rec.hisam.histories import Histories, HistoryData, HistoryModule, HistoryWindows, as_histories
 from l2rec.hisam.tokenizer import SemanticIds
-from l2rec.hisam.transformer import HiSAM, IdTransformer, ItemSide, SemanticTransformer
+from l2rec.hisam.transformer import FeatureTransformer, HiSAM, IdTransformer, ItemSide, SemanticTransformer, forgetful
 from l2rec.training.contracts import build
 from l2rec.training.modules import fit
-from test_hisam_transformer import ids
+from test_hisam_transformer import ids, modalities
 from worlds import random_dataset
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -191,3 +191,44 @@ def test_floors_count(split, cls, item, answers, frozen):
             want.append((u, int(split.items[n]), sum(logits) - logit(mean) * (len(logits) - 1)))
     np.testing.assert_allclose(sorted(got), sorted(want), atol=1e-5)
     with pytest.raises(ValueError, match="all .* training labels are 1"): build(cls, replace(split, rating=np.full_like(split.rating, 5)), 0)
+
+
+def test_forgetful_questions_see_any_number_of_their_oldest_items(split):
+    torch.manual_seed(0)
+    windows = HistoryWindows(split, "train", 6)
+    batch = windows[np.arange(len(windows))]
+    before = batch.asked - batch.offsets[batch.row]
+    draws = torch.stack([forgetful(batch, .5).seen for _ in range(400)])
+    assert (draws >= 0).all() and (draws <= before).all() and torch.equal(forgetful(batch, 0.).seen, before)
+    for n in before.unique().tolist():
+        kept = (draws[:, before == n] == n).double().mean().item()
+        assert abs(kept - (.5 + .5 / (n + 1))) < .05                # left alone, or drawn as any length is
+        if n: assert (draws[:, before == n] == 0).double().mean().item() == pytest.approx(.5 / (n + 1), abs=.05)
+    again = forgetful(forgetful(batch, 1.), 1.)                     # what is hidden stays hidden
+    few = replace(batch, seen=torch.zeros_like(before))
+    assert not forgetful(few, 1.).seen.any() and (again.seen <= before).all()
+
+
+@pytest.mark.parametrize("cls", [HSTUClicks, SemanticMLP, HiSAM, IdTransformer, SemanticTransformer, FeatureTransformer])
+def test_forgetful_training(split, cls, monkeypatch):
+    side = dict(items=ItemSide(modalities=modalities(split))) if cls is FeatureTransformer else {}
+    model = made(split, cls, forget=.7, dropout=0., **side)
+    windows = HistoryWindows(split, "train", 6)
+    batch = windows[np.arange(5)]
+    plain = model(batch)
+    assert model.forget == .7 and torch.equal(plain, model(batch))                          # in evaluation nothing is forgotten
+    model.train()
+    torch.manual_seed(1)
+    shorter = model(batch)
+    torch.manual_seed(1)
+    seen = forgetful(batch, .7).seen
+    model.eval()
+    torch.testing.assert_close(shorter, model(replace(batch, seen=seen)))
+    first = batch.offsets[:-1][batch.row]
+    for q in range(0, len(batch), 3):                                                       # each question alone, behind what it sees
+        at, a, n = int(batch.asked[q]), int(first[q]), int(seen[q])
+        keep = torch.tensor([*range(a, a + n), at])
+        alone = Histories(batch.window[:1], batch.item[keep], batch.feedback[keep], batch.gap[keep], torch.tensor([0, n + 1]), torch.tensor([n + 1]), torch.tensor([n]))
+        torch.testing.assert_close(shorter[q], model(alone)[0])
+    for wrong in (-.1, 1.1):
+        with pytest.raises(ValueError, match="a share, from 0 to 1"): made(split, cls, forget=wrong, **side)

@@ -55,16 +55,16 @@ class HSTUClicks(WindowModel):
 
     tokenizer = None
 
-    def __init__(self, n_items: int, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, max_length: int = 100):
-        super().__init__(max_length)
+    def __init__(self, n_items: int, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, max_length: int = 100, forget: float = 0.):
+        super().__init__(max_length, forget)
         if layers < 1 or heads < 1 or width % heads: raise ValueError(f"width={width}, layers={layers}, heads={heads}: at least 1 layer, and a width that the heads divide")
         self.item, self.feedback, self.gap, self.drop = learned_table(n_items, width), learned_table(3, width), learned_table(GAPS, width), Dropout(dropout)
         self.layers = nn.ModuleList(HSTULayer(width, heads, dropout, max_length) for _ in range(layers))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU("tanh"), nn.Linear(width, 1))
 
     @classmethod
-    def from_split(cls, split: Split, items: ItemSide | None = None, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, max_length: int = 100) -> "HSTUClicks":
-        return cls(split.n_items, width, layers, heads, dropout, max_length)
+    def from_split(cls, split: Split, items: ItemSide | None = None, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, max_length: int = 100, forget: float = 0.) -> "HSTUClicks":
+        return cls(split.n_items, width, layers, heads, dropout, max_length, forget)
 
     def answer(self, w: Window) -> Tensor:
         item, gap, before = self.item(w.item), self.gap(w.gap), items_before(w)
@@ -116,8 +116,8 @@ class SemanticMLP(WindowModel):
 
     def __init__(self, pieces: np.ndarray,   # Int[M], of all items, item after item
                  offsets: np.ndarray,        # Int[I+1]
-                 n_pieces: int, width: int = 64, hidden: tuple[int, ...] = (256, 128), dropout: float = .1, max_length: int = 100, source: str = ""):
-        super().__init__(max_length)
+                 n_pieces: int, width: int = 64, hidden: tuple[int, ...] = (256, 128), dropout: float = .1, max_length: int = 100, source: str = "", forget: float = 0.):
+        super().__init__(max_length, forget)
         if not hidden or min(hidden) < 1: raise ValueError(f"hidden={hidden}: the units of at least one layer, each at least 1")
         parts = [source.encode(), *(np.ascontiguousarray(x, "<i8").tobytes() for x in (pieces, offsets))]
         self.source, self.drop = hashlib.sha256(b"".join(parts)).hexdigest(), Dropout(dropout)
@@ -131,7 +131,7 @@ class SemanticMLP(WindowModel):
 
     @classmethod
     def from_split(cls, split: Split, items: ItemSide, width: int = 64, pieces: str = "unigram", # or "ngram"
-                   vocabulary: int = 2048, ngrams: int = 2, hidden: tuple[int, ...] = (256, 128), dropout: float = .1, max_length: int = 100) -> "SemanticMLP":
+                   vocabulary: int = 2048, ngrams: int = 2, hidden: tuple[int, ...] = (256, 128), dropout: float = .1, max_length: int = 100, forget: float = 0.) -> "SemanticMLP":
         "Raises `ValueError` for an unknown kind of pieces, a vocabulary that is too small, or an item side without ids."
         if pieces not in ("unigram", "ngram"): raise ValueError(f"pieces={pieces!r}: 'unigram' or 'ngram'")
         if items.ids is None: raise ValueError(f"{cls.__name__} reads semantic ids, and there are none; give ItemSide(ids=...), see semantic_ids")
@@ -140,7 +140,7 @@ class SemanticMLP(WindowModel):
         else:
             table, n = ngram_pieces(items.ids.codes, ngrams)
             flat, offsets = table.reshape(-1), np.arange(len(table) + 1) * table.shape[1]
-        return cls(flat, offsets, n, width, tuple(hidden), dropout, max_length, items.ids.sha256)
+        return cls(flat, offsets, n, width, tuple(hidden), dropout, max_length, items.ids.sha256, forget)
 
 # %% ../../nbs/hisam/12_comparators.ipynb #c16
 class SemanticMLP(SemanticMLP):

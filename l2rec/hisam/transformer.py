@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MEMORIES', 'ANCHORS', 'STARTS', 'learned_table', 'ItemTokens', 'IdTokens', 'CodeTokens', 'FeatureTokens',
-           'last_token_attention', 'Block', 'Window', 'as_window', 'WindowModel', 'items_before', 'at',
+           'last_token_attention', 'Block', 'forgetful', 'Window', 'as_window', 'WindowModel', 'items_before', 'at',
            'ItemTransformer', 'ItemSide', 'HiSAM', 'SemanticTransformer', 'FeatureTransformer', 'IdTransformer']
 
 # %% ../../nbs/hisam/10_transformer.ipynb #c02
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -157,6 +157,14 @@ class Block(nn.Module):
 MEMORIES, ANCHORS, STARTS = ("anchor", "all"), ("last", "first", "none"), ("learned", "sum")
 
 
+def forgetful(batch: Histories, share: float) -> Histories:
+    "The same questions, a random `share` of them behind the oldest items of their history alone: any number of these, each equally likely. Drawn from torch's generator."
+    before = batch.asked - batch.offsets[batch.row]
+    if batch.seen is not None: before = torch.minimum(before, batch.seen)
+    draw = torch.rand(2, len(before), device=before.device)
+    return replace(batch, seen=torch.where(draw[0] < share, (draw[1] * (before + 1)).long().clamp(max=before), before))
+
+
 @dataclass
 class Window:
     "A batch of histories as rectangles; the candidate stream has C places a window, each behind `before` items of its window."
@@ -182,18 +190,20 @@ def as_window(batch: Histories) -> Window:
 class WindowModel(Click):
     "A click model that answers the questions of windows with up to `max_length` items before each."
 
-    def __init__(self, max_length: int):
+    def __init__(self, max_length: int,
+                 forget: float = 0.): # share of the training questions that see a shorter history, see `forgetful`
         super().__init__()
         if max_length < 1: raise ValueError(f"max_length={max_length}: at least 1")
-        self.max_length = max_length
+        if not 0 <= forget <= 1: raise ValueError(f"forget={forget}: a share, from 0 to 1")
+        self.max_length, self.forget = max_length, forget
 
     def window(self, batch: Histories | ClickBatch) -> Window:
         "The batch as rectangles. Raises `ValueError` for windows of more than max_length + 1 items."
-        if not isinstance(batch, Histories): return as_window(as_histories(batch, self.max_length))
+        if not isinstance(batch, Histories): batch = as_histories(batch, self.max_length)
         longest = int(batch.length.max()) - 1 if batch.seen is None else int(batch.seen.max())
         if longest > self.max_length:
             raise ValueError(f"a question behind {longest} items, and the model was made for max_length={self.max_length}; give HistoryData the same max_length")
-        return as_window(batch)
+        return as_window(forgetful(batch, self.forget) if self.training and self.forget else batch)
 
     def answer(self, w: Window) -> Tensor:
         "Logits of all places of the candidate stream, Float[B, C]."
@@ -229,16 +239,17 @@ class ItemTransformer(WindowModel):
                  anchors_see_anchors: bool = True,# False: an anchor of the history reads its own item only; the candidate's always looks into the memory
                  anchor_start: str = "learned",   # the anchor before the first layer: a "learned" vector, or the "sum" of it and the item's tokens
                  item_id: bool = False,           # a learned vector of the item is added to its anchor, or to its last token
-                 max_length: int = 100):          # items before a question, at most
+                 max_length: int = 100,           # items before a question, at most
+                 forget: float = 0.):             # share of the training questions that see a shorter history
         "Raises `ValueError` for a switch that is unknown, or switches that exclude each other."
-        super().__init__(max_length)
+        super().__init__(max_length, forget)
         for name, value, known in (("memory", memory, MEMORIES), ("anchor", anchor, ANCHORS), ("anchor_start", anchor_start, STARTS)):
             if value not in known: raise ValueError(f"{name}={value!r}: one of {', '.join(known)}")
         if anchor == "none" and (memory == "anchor" or not anchors_see_anchors):
             raise ValueError("anchor='none': there is no anchor that could be the memory; give memory='all' and anchors_see_anchors=True")
         if layers < 1 or heads < 1 or width % heads: raise ValueError(f"width={width}, layers={layers}, heads={heads}: at least 1 layer, and a width that the heads divide")
         self.settings = dict(width=width, layers=layers, heads=heads, dropout=dropout, memory=memory, positions=positions, anchor=anchor,
-                             anchors_see_anchors=anchors_see_anchors, anchor_start=anchor_start, item_id=item_id, max_length=max_length)
+                             anchors_see_anchors=anchors_see_anchors, anchor_start=anchor_start, item_id=item_id, max_length=max_length, forget=forget)
         self.tokens, self.n_tokens, self.source = tokens, tokens.n_tokens + (anchor != "none"), tokens.source
         self.place = {"last": self.n_tokens - 1, "first": 0, "none": None}[anchor]                    # of the anchor
         self.offered = slice(self.place, self.place + 1) if memory == "anchor" else slice(0, self.n_tokens)
@@ -376,8 +387,8 @@ class HiSAM(ItemTransformer):
     @classmethod
     def from_split(cls, split: Split, items: ItemSide, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, memory: str = "anchor",
                    positions: str = "hierarchical", anchor: str = "last", anchors_see_anchors: bool = True, anchor_start: str = "learned", item_id: bool = False,
-                   max_length: int = 100) -> "HiSAM":
-        return cls(items.codes(split, width, cls.__name__), width, layers, heads, dropout, memory, positions, anchor, anchors_see_anchors, anchor_start, item_id, max_length)
+                   max_length: int = 100, forget: float = 0.) -> "HiSAM":
+        return cls(items.codes(split, width, cls.__name__), width, layers, heads, dropout, memory, positions, anchor, anchors_see_anchors, anchor_start, item_id, max_length, forget)
 
 
 class SemanticTransformer(ItemTransformer):
@@ -386,8 +397,8 @@ class SemanticTransformer(ItemTransformer):
     tokenizer = "rq-vae"
 
     @classmethod
-    def from_split(cls, split: Split, items: ItemSide, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, max_length: int = 100) -> "SemanticTransformer":
-        return cls(items.codes(split, width, cls.__name__), width, layers, heads, dropout, "all", "flat", "none", max_length=max_length)
+    def from_split(cls, split: Split, items: ItemSide, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, max_length: int = 100, forget: float = 0.) -> "SemanticTransformer":
+        return cls(items.codes(split, width, cls.__name__), width, layers, heads, dropout, "all", "flat", "none", max_length=max_length, forget=forget)
 
 # %% ../../nbs/hisam/10_transformer.ipynb #c41
 class FeatureTransformer(ItemTransformer):
@@ -396,8 +407,8 @@ class FeatureTransformer(ItemTransformer):
     tokenizer = None
 
     @classmethod
-    def from_split(cls, split: Split, items: ItemSide, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, max_length: int = 100) -> "FeatureTransformer":
-        return cls(items.features(split, width, cls.__name__), width, layers, heads, dropout, max_length=max_length)
+    def from_split(cls, split: Split, items: ItemSide, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, max_length: int = 100, forget: float = 0.) -> "FeatureTransformer":
+        return cls(items.features(split, width, cls.__name__), width, layers, heads, dropout, max_length=max_length, forget=forget)
 
 
 class IdTransformer(ItemTransformer):
@@ -406,5 +417,5 @@ class IdTransformer(ItemTransformer):
     tokenizer = None
 
     @classmethod
-    def from_split(cls, split: Split, items: ItemSide | None = None, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, max_length: int = 100) -> "IdTransformer":
-        return cls(IdTokens(split.n_items, width), width, layers, heads, dropout, "all", "flat", "none", max_length=max_length)
+    def from_split(cls, split: Split, items: ItemSide | None = None, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, max_length: int = 100, forget: float = 0.) -> "IdTransformer":
+        return cls(IdTokens(split.n_items, width), width, layers, heads, dropout, "all", "flat", "none", max_length=max_length, forget=forget)

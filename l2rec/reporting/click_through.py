@@ -4,25 +4,25 @@
 
 # %% auto #0
 __all__ = ['HISAM', 'MODELS', 'RIVALS', 'FLOORS', 'PARTS', 'SIZES', 'EXAMPLE_SKILL', 'EXAMPLE_LOSS', 'EXAMPLE_TITLES',
-           'EXAMPLE_LEVELS', 'MEASURES', 'GROUPS', 'METRICS', 'NEEDED', 'SHOWN', 'STREAMING', 'FROZEN', 'ALSO',
-           'ABLATION_SHOWN', 'TOKENIZERS', 'COLLAPSE', 'COLLIDE', 'TERMS', 'TRAINED', 'EXPECTED', 'AXES', 'UNITS',
-           'MARGIN', 'LATENCY', 'HISAM_CLAIMS', 'split_name', 'size_of', 'click_order', 'name_of', 'example_clicks',
-           'example_tokenizer', 'example_attention', 'example_efficiency', 'example_click_records', 'contributions',
-           'seeds_of', 'check_same_questions', 'metric_part', 'paired', 'hisam_minus', 'main_models', 'ablations',
-           'beside', 'untuned', 'parameter', 'shortened_share', 'shortened_text', 'given_notes', 'group_notes',
-           'comparison_rows', 'comparison', 'click_through_table', 'cold_minus_warm', 'with_interval', 'doubtful',
-           'said_of', 'cold_questions', 'given_text', 'describe_click_through', 'frozen_runs', 'describe_frozen',
-           'gains_figure', 'shortened_runs', 'ablation_table', 'describe_ablation', 'mean_of', 'level_names',
-           'level_order', 'own_size', 'level_parts', 'level_notes', 'size_rows', 'on_datasets', 'sizes_table',
-           'describe_sizes', 'tokenizer_name', 'tokenizer_runs', 'source_notes', 'described', 'spread_cell',
-           'tokenizer_table', 'twin_share', 'twin_note', 'last_terms', 'describe_tokenizer', 'level_styles', 'code_use',
-           'codebooks_figure', 'describe_codebooks', 'tokenizer_training', 'tokenizer_training_figure',
-           'describe_training', 'disentanglement', 'disentanglement_table', 'describe_disentanglement',
-           'shortened_title', 'neighbours_table', 'anchor_attention', 'attention_figure', 'describe_attention',
-           'cost_table', 'describe_cost', 'latency_curves', 'panel_name', 'latency_figure', 'series_labels',
-           'describe_latency', 'choices', 'click_search_table', 'describe_click_search', 'pairs', 'beats',
-           'gains_more_when_cold', 'frozen', 'every_run', 'lowest_shared_use', 'fewest_collisions', 'told_apart',
-           'elsewhere', 'time_saved']
+           'EXAMPLE_LEVELS', 'MEASURES', 'GROUPS', 'METRICS', 'NEEDED', 'SHOWN', 'STREAMING', 'FROZEN', 'FORGET_SHOWN',
+           'ALSO', 'ABLATION_SHOWN', 'TOKENIZERS', 'COLLAPSE', 'COLLIDE', 'TERMS', 'TRAINED', 'EXPECTED', 'AXES',
+           'UNITS', 'MARGIN', 'LATENCY', 'HISAM_CLAIMS', 'split_name', 'size_of', 'click_order', 'name_of',
+           'example_clicks', 'example_tokenizer', 'example_attention', 'example_efficiency', 'example_click_records',
+           'contributions', 'seeds_of', 'check_same_questions', 'metric_part', 'paired', 'hisam_minus', 'main_models',
+           'ablations', 'beside', 'untuned', 'parameter', 'shortened_share', 'shortened_text', 'given_notes',
+           'group_notes', 'comparison_rows', 'comparison', 'click_through_table', 'cold_minus_warm', 'with_interval',
+           'doubtful', 'said_of', 'cold_questions', 'given_text', 'describe_click_through', 'frozen_runs',
+           'describe_frozen', 'forget_table', 'describe_forget', 'gains_figure', 'shortened_runs', 'ablation_table',
+           'describe_ablation', 'mean_of', 'level_names', 'level_order', 'own_size', 'level_parts', 'level_notes',
+           'size_rows', 'on_datasets', 'sizes_table', 'describe_sizes', 'tokenizer_name', 'tokenizer_runs',
+           'source_notes', 'described', 'spread_cell', 'tokenizer_table', 'twin_share', 'twin_note', 'last_terms',
+           'describe_tokenizer', 'level_styles', 'code_use', 'codebooks_figure', 'describe_codebooks',
+           'tokenizer_training', 'tokenizer_training_figure', 'describe_training', 'disentanglement',
+           'disentanglement_table', 'describe_disentanglement', 'shortened_title', 'neighbours_table',
+           'anchor_attention', 'attention_figure', 'describe_attention', 'cost_table', 'describe_cost',
+           'latency_curves', 'panel_name', 'latency_figure', 'series_labels', 'describe_latency', 'choices',
+           'click_search_table', 'describe_click_search', 'pairs', 'beats', 'gains_more_when_cold', 'frozen',
+           'every_run', 'lowest_shared_use', 'fewest_collisions', 'told_apart', 'elsewhere', 'time_saved']
 
 # %% ../../nbs/reporting/04_click_through.ipynb #c02
 import json
@@ -52,7 +52,7 @@ RIVALS = tuple(m for m in MODELS if m != HISAM)
 FLOORS = {'both-rates': 'both rates', 'item-rate': 'like rate of the item', 'answer-rate': 'like rate of the answers so far'}   # counted, not trained
 MODELS |= FLOORS
 PARTS = {'rq-vae': 'flat RQ-VAE ids', 'rq-kmeans': 'flat RQ-k-means ids', 'no-alignment': 'no alignment', 'no-mi': 'no MI term', 'shared-only': 'shared levels only', 'specific-only': 'specific levels only',
-         'flat-rope': 'one-dimensional RoPE', 'no-rope': 'no RoPE', 'no-anchors': 'no anchors (all tokens)', 'blind-anchors': 'anchors see no anchors', 'anchor-first': 'anchor first', 'item-id': 'item id added'}
+         'flat-rope': 'one-dimensional RoPE', 'no-rope': 'no RoPE', 'no-anchors': 'no anchors (all tokens)', 'blind-anchors': 'anchors see no anchors', 'anchor-first': 'anchor first', 'item-id': 'item id added', 'forget': 'forgetful training'}
 SIZES = {'levels': 'levels', 'codes': 'codes a level', 'history': 'items of history'}
 
 def split_name(model: str) -> tuple[str, str]:
@@ -84,7 +84,7 @@ def name_of(model: str) -> str:
 EXAMPLE_SKILL = {HISAM: (.9, .75, .7), 'id-transformer': (.75, .4, .1), 'din': (.72, .35, .1), 'semantic-transformer': (.8, .55, .5), 'feature-transformer': (.75, .55, .55), 'hstu': (.76, .4, .1),
                  'semantic-mlp': (.55, .45, .45)}   # a warm user's taste, a cold user's taste, a cold item's content
 EXAMPLE_LOSS = {'rq-vae': .1, 'rq-kmeans': .12, 'no-alignment': .05, 'no-mi': .02, 'shared-only': .2, 'specific-only': .15, 'flat-rope': .03, 'no-rope': .06, 'no-anchors': 0., 'blind-anchors': .04, 'anchor-first': .25,
-                'item-id': -.02, 'levels-2': .1, 'levels-6': .01, 'codes-64': .06, 'codes-512': .01, 'history-25': .1, 'history-50': .04, 'history-200': 0.}   # what a variant of Hi-SAM loses of each skill
+                'item-id': -.02, 'forget': 0., 'levels-2': .1, 'levels-6': .01, 'codes-64': .06, 'codes-512': .01, 'history-25': .1, 'history-50': .04, 'history-200': 0.}   # what a variant of Hi-SAM loses of each skill
 
 def example_clicks(
     model: str, seed: int,
@@ -121,7 +121,7 @@ def example_clicks(
     score = known * liking + np.random.default_rng([world, seed, 7]).normal(0, .3, len(user)) + own.normal(0, .25, len(user))
     length = np.where(is_cold, fixed.integers(1, 10, n_users), 10 + fixed.geometric(.02, n_users)).astype(np.int32)
     metrics, table = measured('test', score)
-    frozen, of_frozen = measured('test_frozen', score + own.normal(0, .2, len(user)))
+    frozen, of_frozen = measured('test_frozen', score + own.normal(0, .1 if variant == 'forget' else .6, len(user)))
     return metrics | frozen, table.with_columns(history_length=pl.Series(length)).hstack(of_frozen.select(pl.col('auc', 'log_loss', '^influence.*$').name.prefix('frozen/')))
 
 # %% ../../nbs/reporting/04_click_through.ipynb #c10
@@ -496,6 +496,46 @@ def describe_frozen(
         for metric, said in (('gauc', 'GAUC'), ('auc', 'AUC')):
             if (rows := gains.filter(dataset=dataset, metric=metric)).height: text += f' Frozen, by {said} Hi-SAM is {said_of(rows, metric == "gauc")}.'
         lines.append('- ' + text)
+    return '\n'.join(lines)
+
+# %% ../../nbs/reporting/04_click_through.ipynb #84077898
+FORGET_SHOWN = ('auc', 'gauc', 'cold/auc')
+
+def forget_table(runs: Runs, name: str = 'click-through-forget') -> Table:
+    "Every model with forgetful training, and what it has more than without; streaming and frozen. ValueError when there is none."
+    models = [m for m in click_order(runs.metrics['model'].unique()) if split_name(m)[1] == 'forget']
+    still = frozen_runs(runs)
+    if not models or not still: raise ValueError(f'no run of {runs.experiment} is one with forgetful training (such as {HISAM}+forget), asked with frozen histories too')
+    ways, parts, cells = (('streaming', runs), ('frozen', still)), [], {}
+    for (way, r), dataset in ((w, d) for w in ways for d in runs.datasets()):
+        for column in FORGET_SHOWN:
+            levels, gains = (pl.concat([pl.DataFrame(schema=PAIRED), *(paired(r, dataset, m, o, [column]) for m, o in pairs_)]) for pairs_ in ([(m, None) for m in models], [(m, split_name(m)[0]) for m in models]))
+            gains = gains.with_columns(p_holm=pl.Series(holm(gains['p']), dtype=pl.Float64))
+            levels, gains = (t.with_columns(metric=pl.lit(f'{way}/{column}')) for t in (levels, gains))
+            parts += [long_rows(levels, 'test'), long_rows(gains, 'forget-minus')]
+            best = levels['mean'].max() if levels.height > 1 else None
+            more = {g['model']: g for g in gains.iter_rows(named=True)}
+            cells |= {(dataset, l['model'], way, column): (l['n_seeds'], gain_cell(l, more.get(l['model']), l['mean'] == best)) for l in levels.iter_rows(named=True)}
+    rows = []
+    for dataset, model in ((d, m) for d in runs.datasets() for m in models):
+        own = [cells.get((dataset, model, way, column)) for way, _ in ways for column in FORGET_SHOWN]
+        if any(own): rows.append((dataset, MODELS.get(split_name(model)[0], model), str(max(c[0] for c in own if c)), *(c[1] if c else '–' for c in own)))
+    heads = (('', 'dataset'), ('', 'model'), ('', 'seeds'), *((f'answers {way}', f"{GROUPS[c.rpartition('/')[0]]} {MEASURES[c.rpartition('/')[2]]}") for way, _ in ways for c in FORGET_SHOWN))
+    caption = ('Models trained with a share of their questions behind shortened histories. Mean ± sample standard deviation over seeds; below, this model minus itself without forgetting on the same questions and common seeds with its 95 % interval over users and seeds (over users only where there is one seed). '
+               '†: not distinguishable (Holm-corrected within dataset and column, p ≥ .05). Settings are those of the model without, with no search of their own. Bold: best of its data set.')
+    return Table(name, pl.concat(parts), heads, tuple(rows), caption)
+
+def describe_forget(table: Table) -> str:
+    "Markdown: for each dataset what forgetting does to the AUC, streaming and frozen."
+    lines = []
+    for (dataset,), here in table.long.group_by('dataset', maintain_order=True):
+        said = []
+        for way in ('streaming', 'frozen'):
+            for column in ('auc', 'gauc'):
+                rows = here.filter(metric=f'forget-minus/{way}/{column}')
+                up, down = rows.filter(pl.col('ci_low') > 0).height, rows.filter(pl.col('ci_high') < 0).height
+                said.append(f"{way} {MEASURES[column]} from {signed(rows['mean'].min())} to {signed(rows['mean'].max())} (interval above zero for {up} of {rows.height} models, below for {down})")
+        lines.append(f"- **{dataset}**: {'; '.join(said)}.")
     return '\n'.join(lines)
 
 # %% ../../nbs/reporting/04_click_through.ipynb #c38
@@ -1282,6 +1322,9 @@ HISAM_CLAIMS = (
     *(Claim(f'hi-sam-over-{m}', _PAPER, f'Hi-SAM has a higher AUC than {_the(m)}.', 'P', 'click_through', beats(HISAM, m)) for m in RIVALS),
     *(Claim(f'hi-sam-over-{m}-gauc', _PAPER, f'Hi-SAM has a higher GAUC than {_the(m)}.', 'P', 'click_through', beats(HISAM, m, 'gauc')) for m in RIVALS),
     *(Claim(f'hi-sam-over-{m}-gauc-frozen', _PAPER, f'With every history frozen before the test, Hi-SAM has a higher GAUC than {_the(m)}.', 'P', 'click_through', frozen(beats(HISAM, m, 'gauc'))) for m in (*RIVALS, 'item-rate')),
+    *(Claim(f'forget-{m}-{metric}-frozen', 'this compendium', f'Forgetful training raises the {MEASURES[metric]} of {_the(m)} with every history frozen before the test.', 'P', 'click_through', frozen(beats(f'{m}+forget', m, metric))) for m in (HISAM, 'id-transformer', 'hstu') for metric in ('auc', 'gauc')),
+    Claim('forget-costs-nothing', 'this compendium', f'And where answers accumulate it costs Hi-SAM no accuracy: AUC not lower by more than {MARGIN}.', 'P', 'click_through', beats(f'{HISAM}+forget', HISAM), -MARGIN),
+    Claim('forget-over-item-rate-gauc-frozen', 'this compendium', "With frozen histories, Hi-SAM with forgetful training has a higher GAUC than the like rate of the item.", 'P', 'click_through', frozen(beats(f'{HISAM}+forget', 'item-rate', 'gauc'))),
     Claim('hi-sam-over-both-rates', 'this compendium', 'Hi-SAM has a higher AUC than the sum of two like rates, that of the item and that of the answers so far.', 'P', 'click_through', beats(HISAM, 'both-rates')),
     Claim('answers-raise-auc', 'this compendium', "Following a user's answers raises AUC: both rates above the like rate of the item alone.", 'P', 'click_through', beats('both-rates', 'item-rate')),
     Claim('answers-lower-gauc', 'this compendium', "And it lowers GAUC, where answers accumulate: the like rate of the item alone above both rates.", 'P', 'click_through', beats('item-rate', 'both-rates', 'gauc')),
