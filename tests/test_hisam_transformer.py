@@ -262,6 +262,19 @@ def test_tokens(split):
                 assert torch.allclose(out[b, c, p], want, atol=1e-6)
 
 
+@pytest.mark.parametrize("cls", [HiSAM, SemanticTransformer, FeatureTransformer, IdTransformer])
+def test_a_similar_start_changes_the_first_queries_and_keys_alone(split, cls):
+    drawn, similar = (build(cls, split, 3, items=ItemSide(ids(split), modalities(split)), **SMALL, similar_start=s) for s in (False, True))
+    width = SMALL["width"]
+    for (name, a), (_, b) in zip(drawn.named_parameters(), similar.named_parameters()):
+        if not name.endswith("qkv.weight"): assert torch.equal(a, b), name
+        else:
+            assert torch.equal(b[:width], b[width:2 * width]) and torch.equal(b[width:2 * width], 1.5 * a[width:2 * width]) and torch.equal(b[2 * width:], a[2 * width:])
+    similar.loss(HistoryWindows(split, "train", max_length=8)[np.arange(5)])[0].backward()
+    weight = similar.blocks[0].qkv.weight.grad
+    assert not torch.equal(weight[:width], weight[width:2 * width])                        # two sets of weights from the first step on
+
+
 @pytest.mark.parametrize("wrong, message", [(dict(memory="anchors"), "memory='anchors'"), (dict(anchor="middle"), "anchor='middle'"), (dict(anchor="none"), "no anchor"),
                                             (dict(anchor_start="mean"), "anchor_start='mean'"), (dict(heads=3), "heads"), (dict(layers=0), "layers"), (dict(max_length=0), "max_length"), (dict(positions="sine"), "sine"),
                                             (dict(anchor="none", memory="all", anchors_see_anchors=False), "no anchor")])

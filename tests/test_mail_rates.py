@@ -7,11 +7,12 @@ import polars as pl
 import pytest
 import torch
 
+from l2rec.baselines.like_rate import shrunk
 from l2rec.data.batches import Clicks
 from l2rec.data.dataset import make_dataset
 from l2rec.data.splits import leave_last_fraction, new_users
 from l2rec.mail.features import make_features
-from l2rec.mail.rates import LikeRate, information, shrunk
+from l2rec.mail.rates import LikeRate, information
 
 
 @pytest.fixture(scope="module")

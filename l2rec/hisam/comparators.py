@@ -15,10 +15,10 @@ from tokenizers import Tokenizer, models, trainers
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag, pad, silu
 
+from ..baselines.like_rate import item_like_rate, training_answers
 from ..data.splits import Split, training_counts
 from .histories import GAPS
 from .transformer import ItemSide, Window, WindowModel, at, items_before, learned_table
-from ..mail.rates import shrunk
 from ..training.dropout import Dropout
 
 # %% ../../nbs/hisam/12_comparators.ipynb #c06
@@ -176,14 +176,9 @@ class BothRates(WindowModel):
     def from_split(cls, split: Split, items: ItemSide | None = None,
                    item: float = 10., # m, imagined answers on an item
                    answers: float = 5., above: float = 3., max_length: int = 100) -> "BothRates":
-        "Counts over the training segments of `split`. Raises `ValueError` for labels of one class."
-        user = np.repeat(np.arange(split.n_users), np.diff(split.offsets))
-        asked = (np.arange(len(user)) < split.train_end[user]) & split.train_user[user]
-        y = (split.rating[asked] > above).astype(float)
-        mean = y.mean()
-        if mean in (0., 1.): raise ValueError(f"split {split.name!r}: all {len(y)} training labels are {int(mean)}, so there is no rate to compare")
-        rate = mean + shrunk(split.items[asked], split.n_items, y - mean, item)
-        return cls(torch.from_numpy(rate).logit().float(), float(mean), answers, max_length)
+        "Counts over the training segments of `split`. Raises `ValueError` as `training_answers`."
+        _, row, like = training_answers(split, above)
+        return cls(torch.from_numpy(item_like_rate(row, like, split.n_items, item)).logit().float(), float(like.mean()), answers, max_length)
 
     def answer(self, w: Window) -> Tensor:
         weight = w.real.to(self.item.dtype)

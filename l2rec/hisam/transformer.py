@@ -124,6 +124,12 @@ class Block(nn.Module):
         self.norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.norm_mlp, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, hidden * width), nn.Linear(hidden * width, width)
 
+    def begin_similar(self, times: float = 1.5):
+        "Let the queries' weights begin as the keys', both `times` larger than drawn."
+        with torch.no_grad():
+            keys = self.qkv.weight[self.width:2 * self.width].mul_(times)
+            self.qkv.weight[:self.width] = keys
+
     def _part(self, x: Tensor, first: int, last: int) -> Tensor:
         "Rows of `qkv`, in units of the width, applied to x and cut in heads: Float[..., (last - first) * H, d]."
         at = slice(first * self.width, last * self.width)
@@ -239,6 +245,7 @@ class ItemTransformer(WindowModel):
                  anchors_see_anchors: bool = True,# False: an anchor of the history reads its own item only; the candidate's always looks into the memory
                  anchor_start: str = "learned",   # the anchor before the first layer: a "learned" vector, or the "sum" of it and the item's tokens
                  item_id: bool = False,           # a learned vector of the item is added to its anchor, or to its last token
+                 similar_start: bool = False,     # attention begins as similarity, see `Block.begin_similar`
                  max_length: int = 100,           # items before a question, at most
                  forget: float = 0.):             # share of the training questions that see a shorter history
         "Raises `ValueError` for a switch that is unknown, or switches that exclude each other."
@@ -249,7 +256,7 @@ class ItemTransformer(WindowModel):
             raise ValueError("anchor='none': there is no anchor that could be the memory; give memory='all' and anchors_see_anchors=True")
         if layers < 1 or heads < 1 or width % heads: raise ValueError(f"width={width}, layers={layers}, heads={heads}: at least 1 layer, and a width that the heads divide")
         self.settings = dict(width=width, layers=layers, heads=heads, dropout=dropout, memory=memory, positions=positions, anchor=anchor,
-                             anchors_see_anchors=anchors_see_anchors, anchor_start=anchor_start, item_id=item_id, max_length=max_length, forget=forget)
+                             anchors_see_anchors=anchors_see_anchors, anchor_start=anchor_start, item_id=item_id, similar_start=similar_start, max_length=max_length, forget=forget)
         self.tokens, self.n_tokens, self.source = tokens, tokens.n_tokens + (anchor != "none"), tokens.source
         self.place = {"last": self.n_tokens - 1, "first": 0, "none": None}[anchor]                    # of the anchor
         self.offered = slice(self.place, self.place + 1) if memory == "anchor" else slice(0, self.n_tokens)
@@ -259,6 +266,8 @@ class ItemTransformer(WindowModel):
         self.gap = learned_table(GAPS, width)
         self.rope = HierarchicalRoPE(width // heads, self.n_tokens, positions)
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
+        if similar_start:
+            for block in self.blocks: block.begin_similar()
         self.drop, self.norm, self.head = Dropout(dropout), nn.LayerNorm(width), nn.Sequential(nn.Linear(width, width), nn.GELU("tanh"), nn.Linear(width, 1))
         looks = torch.ones(self.n_tokens, dtype=torch.bool)
         if not anchors_see_anchors: looks[self.place] = False
@@ -387,8 +396,8 @@ class HiSAM(ItemTransformer):
     @classmethod
     def from_split(cls, split: Split, items: ItemSide, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, memory: str = "anchor",
                    positions: str = "hierarchical", anchor: str = "last", anchors_see_anchors: bool = True, anchor_start: str = "learned", item_id: bool = False,
-                   max_length: int = 100, forget: float = 0.) -> "HiSAM":
-        return cls(items.codes(split, width, cls.__name__), width, layers, heads, dropout, memory, positions, anchor, anchors_see_anchors, anchor_start, item_id, max_length, forget)
+                   similar_start: bool = False, max_length: int = 100, forget: float = 0.) -> "HiSAM":
+        return cls(items.codes(split, width, cls.__name__), width, layers, heads, dropout, memory, positions, anchor, anchors_see_anchors, anchor_start, item_id, similar_start, max_length, forget)
 
 
 class SemanticTransformer(ItemTransformer):
@@ -397,8 +406,8 @@ class SemanticTransformer(ItemTransformer):
     tokenizer = "rq-vae"
 
     @classmethod
-    def from_split(cls, split: Split, items: ItemSide, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, max_length: int = 100, forget: float = 0.) -> "SemanticTransformer":
-        return cls(items.codes(split, width, cls.__name__), width, layers, heads, dropout, "all", "flat", "none", max_length=max_length, forget=forget)
+    def from_split(cls, split: Split, items: ItemSide, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, similar_start: bool = False, max_length: int = 100, forget: float = 0.) -> "SemanticTransformer":
+        return cls(items.codes(split, width, cls.__name__), width, layers, heads, dropout, "all", "flat", "none", similar_start=similar_start, max_length=max_length, forget=forget)
 
 # %% ../../nbs/hisam/10_transformer.ipynb #c41
 class FeatureTransformer(ItemTransformer):
@@ -407,8 +416,8 @@ class FeatureTransformer(ItemTransformer):
     tokenizer = None
 
     @classmethod
-    def from_split(cls, split: Split, items: ItemSide, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, max_length: int = 100, forget: float = 0.) -> "FeatureTransformer":
-        return cls(items.features(split, width, cls.__name__), width, layers, heads, dropout, max_length=max_length, forget=forget)
+    def from_split(cls, split: Split, items: ItemSide, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, similar_start: bool = False, max_length: int = 100, forget: float = 0.) -> "FeatureTransformer":
+        return cls(items.features(split, width, cls.__name__), width, layers, heads, dropout, similar_start=similar_start, max_length=max_length, forget=forget)
 
 
 class IdTransformer(ItemTransformer):
@@ -417,5 +426,5 @@ class IdTransformer(ItemTransformer):
     tokenizer = None
 
     @classmethod
-    def from_split(cls, split: Split, items: ItemSide | None = None, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, max_length: int = 100, forget: float = 0.) -> "IdTransformer":
-        return cls(IdTokens(split.n_items, width), width, layers, heads, dropout, "all", "flat", "none", max_length=max_length, forget=forget)
+    def from_split(cls, split: Split, items: ItemSide | None = None, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, similar_start: bool = False, max_length: int = 100, forget: float = 0.) -> "IdTransformer":
+        return cls(IdTokens(split.n_items, width), width, layers, heads, dropout, "all", "flat", "none", similar_start=similar_start, max_length=max_length, forget=forget)

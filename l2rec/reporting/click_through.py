@@ -52,7 +52,7 @@ RIVALS = tuple(m for m in MODELS if m != HISAM)
 FLOORS = {'both-rates': 'both rates', 'item-rate': 'like rate of the item', 'answer-rate': 'like rate of the answers so far'}   # counted, not trained
 MODELS |= FLOORS
 PARTS = {'rq-vae': 'flat RQ-VAE ids', 'rq-kmeans': 'flat RQ-k-means ids', 'no-alignment': 'no alignment', 'no-mi': 'no MI term', 'shared-only': 'shared levels only', 'specific-only': 'specific levels only',
-         'flat-rope': 'one-dimensional RoPE', 'no-rope': 'no RoPE', 'no-anchors': 'no anchors (all tokens)', 'blind-anchors': 'anchors see no anchors', 'anchor-first': 'anchor first', 'item-id': 'item id added', 'forget': 'forgetful training'}
+         'flat-rope': 'one-dimensional RoPE', 'no-rope': 'no RoPE', 'no-anchors': 'no anchors (all tokens)', 'blind-anchors': 'anchors see no anchors', 'anchor-first': 'anchor first', 'item-id': 'item id added', 'item-id-similar-start': 'item id and similar start', 'forget': 'forgetful training'}
 SIZES = {'levels': 'levels', 'codes': 'codes a level', 'history': 'items of history'}
 
 def split_name(model: str) -> tuple[str, str]:
@@ -84,7 +84,7 @@ def name_of(model: str) -> str:
 EXAMPLE_SKILL = {HISAM: (.9, .75, .7), 'id-transformer': (.75, .4, .1), 'din': (.72, .35, .1), 'semantic-transformer': (.8, .55, .5), 'feature-transformer': (.75, .55, .55), 'hstu': (.76, .4, .1),
                  'semantic-mlp': (.55, .45, .45)}   # a warm user's taste, a cold user's taste, a cold item's content
 EXAMPLE_LOSS = {'rq-vae': .1, 'rq-kmeans': .12, 'no-alignment': .05, 'no-mi': .02, 'shared-only': .2, 'specific-only': .15, 'flat-rope': .03, 'no-rope': .06, 'no-anchors': 0., 'blind-anchors': .04, 'anchor-first': .25,
-                'item-id': -.02, 'forget': 0., 'levels-2': .1, 'levels-6': .01, 'codes-64': .06, 'codes-512': .01, 'history-25': .1, 'history-50': .04, 'history-200': 0.}   # what a variant of Hi-SAM loses of each skill
+                'item-id': -.02, 'item-id-similar-start': -.03, 'forget': 0., 'levels-2': .1, 'levels-6': .01, 'codes-64': .06, 'codes-512': .01, 'history-25': .1, 'history-50': .04, 'history-200': 0.}   # what a variant of Hi-SAM loses of each skill
 
 def example_clicks(
     model: str, seed: int,
@@ -1322,6 +1322,9 @@ HISAM_CLAIMS = (
     *(Claim(f'hi-sam-over-{m}', _PAPER, f'Hi-SAM has a higher AUC than {_the(m)}.', 'P', 'click_through', beats(HISAM, m)) for m in RIVALS),
     *(Claim(f'hi-sam-over-{m}-gauc', _PAPER, f'Hi-SAM has a higher GAUC than {_the(m)}.', 'P', 'click_through', beats(HISAM, m, 'gauc')) for m in RIVALS),
     *(Claim(f'hi-sam-over-{m}-gauc-frozen', _PAPER, f'With every history frozen before the test, Hi-SAM has a higher GAUC than {_the(m)}.', 'P', 'click_through', frozen(beats(HISAM, m, 'gauc'))) for m in (*RIVALS, 'item-rate')),
+    *(Claim(f'hi-sam-with-id-over-{m}{"-gauc" * (metric == "gauc")}', 'this compendium', f'Hi-SAM with an item id added and attention that begins as similarity has a higher {MEASURES[metric]} than {_the(m)}' + (' with the same start.' if start else '.'), 'P', 'click_through',
+            beats(f'{HISAM}+item-id-similar-start', m + start, metric)) for m in RIVALS for start in ['+similar-start' * (m == 'id-transformer')] for metric in ('auc', 'gauc')),
+    Claim('similar-start', 'this compendium', 'Attention that begins as similarity raises the AUC of the id Transformer.', 'P', 'click_through', beats('id-transformer+similar-start', 'id-transformer')),
     *(Claim(f'forget-{m}-{metric}-frozen', 'this compendium', f'Forgetful training raises the {MEASURES[metric]} of {_the(m)} with every history frozen before the test.', 'P', 'click_through', frozen(beats(f'{m}+forget', m, metric))) for m in (HISAM, 'id-transformer', 'hstu') for metric in ('auc', 'gauc')),
     Claim('forget-costs-nothing', 'this compendium', f'And where answers accumulate it costs Hi-SAM no accuracy: AUC not lower by more than {MARGIN}.', 'P', 'click_through', beats(f'{HISAM}+forget', HISAM), -MARGIN),
     Claim('forget-over-item-rate-gauc-frozen', 'this compendium', "With frozen histories, Hi-SAM with forgetful training has a higher GAUC than the like rate of the item.", 'P', 'click_through', frozen(beats(f'{HISAM}+forget', 'item-rate', 'gauc'))),
