@@ -64,8 +64,8 @@ def test_equal_to_the_definition(size, m, looks, mode, padded):
 
 @pytest.mark.parametrize("size", [1.0, 200.0])
 def test_many_tiles_and_many_heads_in_float32(size):
-    given, g = case(b=12, s=1, c=70, p=4, h=3, d=8, t=70, size=size, dtype=torch.float32)
-    sight = Sight(given[0], 36, 70, 4, 70, 1, "causal", None)
+    given, g = case(b=24, s=1, c=70, p=4, h=3, d=8, t=70, size=size, dtype=torch.float32)
+    sight = Sight(given[0], 72, 70, 4, 70, 1, "causal", None)
     assert len({h.start for h, _, _ in sight.tiles}) > 1 and len({i.start for _, i, _ in sight.tiles}) > 1
     agree(given, g, 2e-3 if size > 1 else 1e-5)
 

@@ -107,6 +107,18 @@ def test_extending_some_users_leaves_the_others(split):
     assert torch.equal(score(model, fresh, candidates)[[1, 2]], score(model, memory, candidates)[[1, 2]])
 
 
+@pytest.mark.parametrize("switches", [dict(), dict(memory="all")], ids=str)
+def test_a_memory_lies_as_attention_reads_it_and_need_not(split, switches):
+    """Keys with the slots along the rows and values upright, so that reading copies nothing; the same numbers in any other order give the same scores."""
+    model, past = made(split, **switches), histories(split.n_items)
+    memory = extend(model, build(model, past), torch.arange(5), torch.ones(5))
+    assert all(k.permute(0, 3, 4, 1, 2).is_contiguous() and v.permute(0, 3, 1, 2, 4).is_contiguous() for k, v in zip(memory.keys, memory.values))
+    candidates = torch.randint(0, split.n_items, (5, 3))
+    found = score(model, memory, candidates)
+    memory.keys, memory.values = ([x.contiguous() for x in part] for part in (memory.keys, memory.values))
+    assert torch.allclose(score(model, memory, candidates), found, atol=1e-6)
+
+
 @torch.no_grad()
 def test_a_full_memory_drops_the_oldest_anchor_and_moves_nothing(split):
     """One layer after another, item i reads the anchors of items i-4 … i-1 as they were made."""

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['largest_safe_score', 'own_visible', 'memory_visible', 'reference_attention', 'Sight', 'longest', 'with_column',
-           'as_columns', 'scores', 'memory_weights', 'add_memory', 'memory_gradients', 'memory_maximum', 'own_scores',
-           'own_weights', 'own_gradients', 'MemoryAnchorAttention', 'check_shapes', 'hierarchical_attention']
+           'with_ones', 'scores', 'memory_weights', 'add_memory', 'memory_gradients', 'memory_maximum', 'side_by_side',
+           'own_scores', 'own_weights', 'own_gradients', 'MemoryAnchorAttention', 'check_shapes',
+           'hierarchical_attention']
 
 # %% ../../nbs/hisam/08_attention.ipynb #c02
 import math
@@ -47,7 +48,7 @@ def reference_attention(q, k, v, mk, mv, before="causal", real=None, memory_for=
 
 # %% ../../nbs/hisam/08_attention.ipynb #c10
 class Sight:
-    "Which memory vectors the queries see, in tiles: (heads, query items, number of leading memory vectors)."
+    "Which memory vectors the queries see, in tiles: (heads, query rows, number of leading memory vectors). Rows are C items of G queries."
 
     def __init__(self, like: Tensor,            # for dtype and device
                  heads: int, items: int, group: int,   # N; C; queries of an item that look into the memory
@@ -55,7 +56,7 @@ class Sight:
                  before: Tensor | str | None,   # Int[N, C]
                  real: Tensor | None):          # Float[N, T*M], 0 or 1
         self.group, self.each, self.causal, self.before, self.real = group, each, isinstance(before, str), before, real
-        rows, budget = (144, 1 << 18) if like.device.type == "cpu" else (2048, 1 << 26)
+        rows, budget = (144, 1 << 19) if like.device.type == "cpu" else (2048, 1 << 26)
         step = max(1, min(items, rows // max(group, 1)))
         self.tiles, self.largest = [], 0
         for first in range(0, items if group else 0, step):
@@ -63,30 +64,32 @@ class Sight:
             keys = (last if self.causal else memory) * each
             if not keys: continue
             one = (last - first) * group * keys
-            some = max(1, min(heads, budget // one))
-            self.tiles += [(slice(n, min(heads, n + some)), slice(first, last), keys) for n in range(0, heads, some)]
+            some = -(-heads // -(-heads // max(1, budget // one)))                              # as equal groups as can be
+            self.tiles += [(slice(n, min(heads, n + some)), slice(first * group, last * group), keys) for n in range(0, heads, some)]
             self.largest = max(self.largest, some * one)
-        i = torch.arange(step, device=like.device)
-        self.corner = (i.repeat_interleave(each) < i[:, None]).to(like.dtype)[:, None]         # [step, 1, step*M]: j < i
+        if self.causal:
+            i = torch.arange(step, device=like.device)
+            self.corner = (i.repeat_interleave(each) < i[:, None]).to(like.dtype)[:, None]     # [step, 1, step*M]: j < i
 
-    def mask(self, weight: Tensor, # Float[n, c*G, keys], a tile
-             tile: tuple) -> tuple[Tensor, Tensor] | None:
-        "The part of a tile in which anything is hidden, as a view [n, c, G, some keys], and its mask of ones and zeros; None if all is visible."
-        heads, items, keys = tile
-        n = items.stop - items.start
-        view = weight.view(weight.shape[0], n, self.group, keys)
-        if self.causal: return view[..., items.start * self.each:], self.corner[:n, :, :n * self.each]
-        if self.before is None: return None
-        j = torch.arange(keys, device=weight.device) // self.each
-        return view, (j < self.before[heads, items, None, None]).to(weight.dtype)
+    def masks(self, weight: Tensor, # Float[n, c*G, keys], a tile
+              tile: tuple):
+        "The parts of a tile in which something is hidden, as views of it, each with its mask of ones and zeros."
+        heads, rows, keys = tile
+        first, last = rows.start // self.group, rows.stop // self.group
+        view = weight.view(len(weight), last - first, self.group, keys)
+        if self.causal: yield view[..., first * self.each:], self.corner[:last - first, :, :(last - first) * self.each]
+        elif self.before is not None:
+            j = torch.arange(keys, device=weight.device) // self.each
+            yield view, (j < self.before[heads, first:last, None, None]).to(weight.dtype)
+        if self.real is not None: yield weight, self.real[heads, None, :keys]
 
 # %% ../../nbs/hisam/08_attention.ipynb #c14
 largest_safe_score = 40.
 
 
-def longest(*several: Tensor) -> Tensor:
-    "The greatest norm along the last axis, a scalar."
-    return torch.stack([torch.linalg.vector_norm(x, dim=-1).amax() for x in several if x.numel()]).amax()
+def longest(x: Tensor, axis: int = -1) -> Tensor:
+    "The greatest norm along an axis, a scalar; 0 where there is nothing."
+    return x.square().sum(axis).amax().sqrt() if x.numel() else x.new_zeros(())
 
 
 def with_column(x: Tensor, factor: float = 1.) -> Tensor:
@@ -96,17 +99,9 @@ def with_column(x: Tensor, factor: float = 1.) -> Tensor:
     return out
 
 
-def as_columns(x: Tensor,          # Float[B, T, M, H, d]
-               real: Tensor | None = None, # Float[B*H, T*M]
-               ones: bool = False, # zero the ones of what is not real, too
-               ) -> Tensor:
-    "Memory vectors as columns and a row of ones below: [B*H, d + 1, T*M]."
-    b, t, m, h, d = x.shape
-    out = x.new_ones(b, h, d + 1, t, m)
-    out[:, :, :d] = x.permute(0, 3, 4, 1, 2)
-    out = out.view(b * h, d + 1, t * m)
-    if real is not None: (out if ones else out[:, :d]).mul_(real[:, None])
-    return out
+def with_ones(x: Tensor) -> Tensor:
+    "Columns [n, d, m] and a row of ones below: [n, d + 1, m]."
+    return torch.cat([x, torch.ones_like(x[:, :1])], 1)
 
 
 def scores(q: Tensor, keys: Tensor, scratch: Tensor) -> Tensor:
@@ -119,76 +114,90 @@ def memory_weights(q: Tensor,        # Float[n, c*G, d], or d + 1 with its colum
                    sight: Sight, tile: tuple, scratch: Tensor,
                    clamp: bool,      # scores are at most 0 where visible; elsewhere they may be anything
                    ) -> Tensor:
-    "exp(q · k), 0 where hidden, Float[n, c*G, keys]: one tile."
+    "2^(q · k), 0 where hidden, Float[n, c*G, keys]: one tile."
     w = scores(q, keys, scratch)
     if clamp: w.clamp_(max=0.)
-    hidden = sight.mask(w.exp_(), tile)
-    if hidden: hidden[0].mul_(hidden[1])
+    w.exp2_()
+    for part, seen in sight.masks(w, tile): part.mul_(seen)
     return w
 
 
-def add_memory(total: Tensor, # Float[N, C, G, d + 1]
-               q: Tensor, keys: Tensor, values: Tensor, sight: Sight, shifted: bool) -> Tensor:
-    "total += sum_j e^s_j [v_j, 1] over the visible memory, in place."
-    scratch, width, upright = q.new_empty(sight.largest), q.shape[-1] - (not shifted), values.mT.contiguous()
+def add_memory(total: Tensor,  # Float[N, C*G, d]
+               norm: Tensor,   # Float[N, C*G]
+               q: Tensor, keys: Tensor, # as for `memory_weights`, of all tiles
+               values: Tensor, # Float[N, T*M, d]
+               sight: Sight, clamp: bool) -> None:
+    "total += sum_j 2^s_j v_j and norm += sum_j 2^s_j over the visible memory, in place."
+    scratch = q.new_empty(sight.largest)
     for tile in sight.tiles:
-        heads, items, n = tile
-        w = memory_weights(q[heads, items, :, :width].flatten(1, 2), keys[heads, :width, :n], sight, tile, scratch, shifted)
-        total[heads, items].add_(torch.bmm(w, upright[heads, :n]).view(w.shape[0], -1, *q.shape[2:]))
-    return total
+        heads, rows, n = tile
+        w = memory_weights(q[heads, rows], keys[heads, :, :n], sight, tile, scratch, clamp)
+        norm[heads, rows].add_(w.sum(-1))
+        total[heads, rows].add_(torch.bmm(w, values[heads, :n]))
 
 # %% ../../nbs/hisam/08_attention.ipynb #c17
-def memory_gradients(dq: Tensor,                                          # Float[N, C, G, d]
-                     q: Tensor, keys: Tensor, values: Tensor, g: Tensor, # g: Float[N, C, G, d + 1]
+def memory_gradients(dq: Tensor,                        # Float[N, C*G, d]
+                     q: Tensor, keys: Tensor, values: Tensor, # Float[N, C*G, d + 1]; Float[N, d + 1, T*M], with ones
+                     g: Tensor,                         # Float[N, C*G, d + 1]
                      sight: Sight, clamp: bool) -> tuple[Tensor, Tensor]:
     "Gradients of keys and values, Float[N, d, T*M]; that of q is added to dq in place."
-    d = q.shape[-1] - 1
+    d = dq.shape[-1]
     dk, dv = torch.zeros_like(keys[:, :d]), torch.zeros_like(values[:, :d])
     one, two, upright = q.new_empty(sight.largest), q.new_empty(sight.largest), keys[:, :d].mT.contiguous()
     for tile in sight.tiles:
-        heads, items, n = tile
-        x, y = q[heads, items].flatten(1, 2), g[heads, items].flatten(1, 2)
+        heads, rows, n = tile
+        x, y = q[heads, rows], g[heads, rows]
         w = memory_weights(x, keys[heads, :, :n], sight, tile, one, clamp)
         dv[heads, :, :n].add_(torch.bmm(y[..., :d].mT, w))
         w *= scores(y, values[heads, :, :n], two)               # e
         dk[heads, :, :n].add_(torch.bmm(x[..., :d].mT, w))
-        dq[heads, items].add_(torch.bmm(w, upright[heads, :n]).view(w.shape[0], -1, q.shape[2], d))
+        dq[heads, rows].add_(torch.bmm(w, upright[heads, :n]))
     return dk, dv
 
 # %% ../../nbs/hisam/08_attention.ipynb #c19
-def memory_maximum(q: Tensor, keys: Tensor, sight: Sight) -> Tensor:
-    "The greatest visible score of each row, Float[N, C, G]; -inf where none is visible."
-    most, scratch, d = q.new_full(q.shape[:3], -torch.inf), q.new_empty(sight.largest), q.shape[-1] - 1
+def memory_maximum(q: Tensor,    # Float[N, C*G, d]
+                   keys: Tensor, # Float[N, d, T*M]
+                   sight: Sight) -> Tensor:
+    "The greatest visible score of each row, Float[N, C*G]; -inf where none is visible."
+    most, scratch = q.new_full(q.shape[:2], -torch.inf), q.new_empty(sight.largest)
     for tile in sight.tiles:
-        heads, items, n = tile
-        s = scores(q[heads, items, :, :d].flatten(1, 2), keys[heads, :d, :n], scratch)
-        hidden = sight.mask(s, tile)
-        if hidden: hidden[0].masked_fill_(hidden[1] == 0, -torch.inf)
-        if sight.real is not None: s.masked_fill_(sight.real[heads, None, :n] == 0, -torch.inf)
-        most[heads, items] = s.amax(-1).view(s.shape[0], -1, q.shape[2])
+        heads, rows, n = tile
+        s = scores(q[heads, rows], keys[heads, :, :n], scratch)
+        for part, seen in sight.masks(s, tile): part.masked_fill_(seen == 0, -torch.inf)
+        most[heads, rows] = s.amax(-1)
     return most
 
 # %% ../../nbs/hisam/08_attention.ipynb #c21
-def own_scores(q: Tensor,  # Float[n, P, d + 1], n = N*C*S items
-               k: Tensor,  # Float[n, P, d]
+def side_by_side(items: int,    # of a window, all heads and streams
+                 n_tokens: int, # P
+                 like: Tensor) -> Tensor:
+    "What the R rows of the items that share a product see of each other, ones and zeros, Float[R, R]; how many they are divides `items`."
+    together = 1
+    while together * n_tokens < 12 and items % (2 * together) == 0: together *= 2
+    return torch.kron(torch.eye(together, dtype=like.dtype, device=like.device), own_visible(n_tokens, like.device).to(like.dtype))
+
+
+def own_scores(q: Tensor,  # Float[n, R, d + 1], n = N*C*S*P / R
+               k: Tensor,  # Float[n, R, d]
                shifted: bool) -> Tensor:
-    "q · k, and the column of q added if it counts, Float[n, P, P]."
+    "q · k, and the column of q added if it counts, Float[n, R, R]."
     s = torch.bmm(q[..., :-1], k.mT)
     return s.add_(q[..., -1:]) if shifted else s
 
 
-def own_weights(q: Tensor, k: Tensor, shifted: bool, clamp: bool) -> Tensor:
-    "exp(own_scores), 0 where hidden, Float[n, P, P]."
+def own_weights(q: Tensor, k: Tensor, seen: Tensor, # Float[R, R]
+                shifted: bool) -> Tensor:
+    "2^own_scores, 0 where hidden, Float[n, R, R]. Shifted scores are at most 0 where visible."
     s = own_scores(q, k, shifted)
-    if clamp: s.clamp_(max=0.)
-    return s.exp_().mul_(own_visible(s.shape[-1], s.device).to(s.dtype))
+    if shifted: s.clamp_(max=0.)
+    return s.exp2_().mul_(seen)
 
 
-def own_gradients(q: Tensor, k: Tensor, v: Tensor, g: Tensor, clamp: bool) -> tuple[Tensor, Tensor, Tensor]:
-    "Gradients of q, k and v, Float[n, P, d] each; q, v (ones) and g have their column."
-    w = own_weights(q, k, True, clamp)
+def own_gradients(q: Tensor, k: Tensor, v: Tensor, g: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    "Gradients of q, k and v, Float[n, R, d] each; q and g have their column."
+    w = own_weights(q, k, seen, True)
     dv = torch.bmm(w.mT, g[..., :-1])
-    w *= torch.bmm(g, v.mT)                                    # [g, -g·o] · [v, 1]
+    w *= own_scores(g, v, True)                                # g · v - g · o
     return torch.bmm(w, k), torch.bmm(w.mT, q[..., :-1]), dv
 
 # %% ../../nbs/hisam/08_attention.ipynb #c23
@@ -196,55 +205,59 @@ class MemoryAnchorAttention(torch.autograd.Function):
     "Softmax over own and memory keys. q, k, v: [B, S, C, P, H, d]; mk, mv: [B, T, M, H, d]. See `hierarchical_attention`."
 
     @staticmethod
-    def forward(ctx, q, k, v, mk, mv, sight: Sight, looking: Tensor | None, safe: bool):
-        ctx.shape, ctx.sight, ctx.looking, ctx.safe = q.shape, sight, looking, safe
-        b, s, c, p, h, d = q.shape
-        rows = lambda x: x.permute(0, 4, 2, 1, 3, 5)                                                # [B, H, C, S, P, d]
-        ctx.scale = d ** -.5
-        q, v = with_column(rows(q), ctx.scale).view(-1, p, d + 1), with_column(rows(v)).view(-1, p, d + 1)
-        k = rows(k).reshape(-1, p, d)
-        v[..., d] = 1.
-        keys, values = as_columns(mk, sight.real), as_columns(mv, sight.real, ones=True)
-        grid = q.view(b * h, c, s * p, d + 1)
-        if not safe: grid[..., -1] = -MemoryAnchorAttention.maximum(q, k, keys, grid, sight, looking)
-        total = torch.bmm(own_weights(q, k, not safe, not safe), v).view(b * h, c, s * p, d + 1)
-        if looking is None: add_memory(total, grid, keys, values, sight, not safe)
-        else: total[:, :, looking] = add_memory(total[:, :, looking], grid[:, :, looking], keys, values, sight, not safe)
-        out = total[..., :d] / total[..., d:]
-        if safe: torch.log(total[..., d], out=grid[..., d]).neg_()
-        else: grid[..., d] -= total[..., d].log()
-        ctx.save_for_backward(q, k, v, keys, values, out)
+    def forward(ctx, q, k, v, mk, mv, sight: Sight, looking: Tensor | None):
+        (b, s, c, p, h, d), ctx.shape = q.shape, q.shape
+        ctx.sight, ctx.looking, ctx.seen = sight, looking, side_by_side(h * c * s, p, q)
+        by_head = lambda x: x.permute(0, 4, 2, 1, 3, 5)                                             # [B, H, C, S, P, d]
+        q = with_column(by_head(q), d ** -.5 / math.log(2)).view(b * h, -1, d + 1)
+        keys, values = mk.permute(0, 3, 4, 1, 2).reshape(b * h, d, -1), mv.permute(0, 3, 1, 2, 4).reshape(b * h, -1, d)
+        learning = any(ctx.needs_input_grad)
+        if learning: keys, values = keys.contiguous(), values.contiguous()                         # views would keep all tokens alive until the backward pass
+        own_q, k, v = q.view(-1, len(ctx.seen), d + 1), *(by_head(x).reshape(-1, len(ctx.seen), d) for x in (k, v))
+        ctx.safe = safe = bool(longest(q[..., :d]) * torch.maximum(longest(k), longest(keys, 1)) * math.log(2) < largest_safe_score)
+        if not safe: q[..., d] = -MemoryAnchorAttention.maximum(own_q, k, q[..., :d], keys, sight, looking, ctx.seen)
+        w = own_weights(own_q, k, ctx.seen, not safe)
+        total, norm = torch.bmm(w, v).view(b * h, -1, d), w.sum(-1).view(b * h, -1)
+        reading = (q[..., :d], keys) if safe else (q, with_ones(keys))
+        if looking is None: add_memory(total, norm, *reading, values, sight, not safe)
+        else:
+            some = total[:, looking], norm[:, looking]
+            add_memory(*some, reading[0][:, looking], reading[1], values, sight, not safe)
+            total[:, looking], norm[:, looking] = some
+        out = total.div_(norm.unsqueeze(-1))
+        if learning:
+            q[..., d] = -norm.log2_() if safe else q[..., d] - norm.log2_()
+            ctx.save_for_backward(q, k, v, keys, values, out)
         return out.view(b, h, c, s, p, d).permute(0, 3, 2, 4, 1, 5)
 
     @staticmethod
-    def maximum(q, k, keys, grid, sight, looking) -> Tensor:
-        "The greatest visible score of each query, [N, C, G]."
-        own = own_scores(q, k, False)
-        most = own.masked_fill_(~own_visible(own.shape[-1], own.device), -torch.inf).amax(-1).view(grid.shape[:3])
-        if looking is None: return torch.maximum(most, memory_maximum(grid, keys, sight))
-        most[:, :, looking] = torch.maximum(most[:, :, looking], memory_maximum(grid[:, :, looking], keys, sight))
+    def maximum(own_q, k, q, keys, sight, looking, seen) -> Tensor:
+        "The greatest visible score of each query, [N, C*G]."
+        most = own_scores(own_q, k, False).masked_fill_(seen == 0, -torch.inf).amax(-1).view(q.shape[:2])
+        if looking is None: return torch.maximum(most, memory_maximum(q, keys, sight))
+        most[:, looking] = torch.maximum(most[:, looking], memory_maximum(q[:, looking], keys, sight))
         return most
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        (b, s, c, p, h, d), sight, looking = ctx.shape, ctx.sight, ctx.looking
+        (b, s, c, p, h, d), sight, looking, clamp = ctx.shape, ctx.sight, ctx.looking, not ctx.safe
         q, k, v, keys, values, out = ctx.saved_tensors
         with torch.autocast(g.device.type, enabled=False):
-            g = with_column(g.permute(0, 4, 2, 1, 3, 5)).view(b * h, c, s * p, d + 1)
+            g = with_column(g.permute(0, 4, 2, 1, 3, 5)).view(b * h, -1, d + 1)
             g[..., d] = -torch.linalg.vecdot(g[..., :d], out)
-            dq, dk, dv = own_gradients(q, k, v, g.view(-1, p, d + 1), not ctx.safe)
-            grid, dq = q.view(b * h, c, s * p, d + 1), dq.view(b * h, c, s * p, d)
-            if looking is None: dkeys, dvalues = memory_gradients(dq, grid, keys, values, g, sight, not ctx.safe)
+            own = lambda x: x.view(-1, len(ctx.seen), d + 1)
+            dq, dk, dv = own_gradients(own(q), k, v, own(g), ctx.seen)
+            dq, past = dq.view(b * h, -1, d), (with_ones(keys), with_ones(values.mT))
+            if looking is None: dkeys, dvalues = memory_gradients(dq, q, *past, g, sight, clamp)
             else:
-                some = dq[:, :, looking]
-                dkeys, dvalues = memory_gradients(some, grid[:, :, looking], keys, values, g[:, :, looking], sight, not ctx.safe)
-                dq[:, :, looking] = some
-            dq *= ctx.scale
-            if sight.real is not None: dkeys, dvalues = dkeys * sight.real[:, None], dvalues * sight.real[:, None]
+                some = dq[:, looking]
+                dkeys, dvalues = memory_gradients(some, q[:, looking], *past, g[:, looking], sight, clamp)
+                dq[:, looking] = some
+            dq, dk, dkeys = dq.mul_(d ** -.5), dk.mul_(math.log(2)), dkeys.mul_(math.log(2))       # q is kept with both factors
         back = lambda x: x.view(b, h, c, s, p, d).permute(0, 3, 2, 4, 1, 5)
         memory = lambda x: x.view(b, h, d, -1, sight.each).permute(0, 3, 4, 1, 2)
-        return back(dq), back(dk), back(dv), memory(dkeys), memory(dvalues), None, None, None
+        return back(dq), back(dk), back(dv), memory(dkeys), memory(dvalues), None, None
 
 # %% ../../nbs/hisam/08_attention.ipynb #c25
 def check_shapes(q, k, v, mk, mv, before, real, memory_for):
@@ -280,10 +293,9 @@ def hierarchical_attention(q: Tensor, k: Tensor, v: Tensor,         # Float[B, C
     with torch.autocast(q.device.type, enabled=False):
         wide = [x.to(dtype) for x in (q, k, v, mk, mv)]
         if q.numel():
-            looking = None if memory_for is None else memory_for.repeat(s).nonzero().flatten()
-            sight = Sight(wide[0], b * h, c, s * p if looking is None else len(looking), *mk.shape[1:3], before.repeat_interleave(h, 0) if isinstance(before, Tensor) else before,
+            looking = None if memory_for is None else memory_for.repeat(c * s).nonzero().flatten()                      # rows of a head
+            sight = Sight(wide[0], b * h, c, s * p if looking is None else len(looking) // c, *mk.shape[1:3], before.repeat_interleave(h, 0) if isinstance(before, Tensor) else before,
                           None if real is None else real.to(dtype).repeat_interleave(mk.shape[2], 1).repeat_interleave(h, 0))
-            with torch.no_grad(): safe = bool(longest(wide[0]) * longest(wide[1], wide[3]) * d ** -.5 < largest_safe_score)
-            out = MemoryAnchorAttention.apply(*wide, sight, looking, safe).to(q.dtype)
+            out = MemoryAnchorAttention.apply(*wide, sight, looking).to(q.dtype)
         else: out = q.clone()                                   # no query, nothing to do
     return out if streams else out[:, 0]

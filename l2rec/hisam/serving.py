@@ -28,8 +28,8 @@ from .transformer import IdTokens, ItemSide, ItemTransformer
 @dataclass
 class Memory:
     "Keys and values of B users' items. Changed in place by `extend`."
-    keys: list[Tensor]     # of each layer, Float[B, S, M, H, d], turned by their positions; S = max_length slots
-    values: list[Tensor]   # of each layer, Float[B, S, M, H, d]
+    keys: list[Tensor]     # of each layer, Float[B, S, M, H, d], turned by their positions; S = max_length slots; stored as [B, H, d, S, M]
+    values: list[Tensor]   # of each layer, Float[B, S, M, H, d]; stored as [B, H, S, M, d]
     seen: Tensor           # Int[B], items that each user has ever had; min(seen, S) slots are filled
     most: int              # filled slots of the fullest user, on the host
     source: str            # of the model's tokens
@@ -58,10 +58,10 @@ def build(model: ItemTransformer,
     x, n = model.item_tokens(item) + model.states(feedback, gap), item.shape[1]
     keys, values = [], []
     for k, v in model.history_layers(x, model.turns(n, item.device)):
-        for kept, new in ((keys, k), (values, v)):
-            slots = new.new_zeros(len(item), size, *new.shape[2:])
-            slots[:, :n] = new * real[..., None, None, None]
-            kept.append(slots)
+        b, _, m, h, d = k.shape
+        keys.append(k.new_zeros(b, h, d, size, m).permute(0, 3, 4, 1, 2))
+        values.append(v.new_zeros(b, h, size, m, d).permute(0, 2, 3, 1, 4))
+        for slots, new in ((keys[-1], k), (values[-1], v)): torch.mul(new, real[..., None, None, None], out=slots[:, :n])
     return Memory(keys, values, offsets.diff(), min(size, int(histories.length.max())), model.source)
 
 # %% ../../nbs/hisam/11_serving.ipynb #c10
@@ -95,10 +95,10 @@ def _gaps(gap: Tensor) -> None: _all_are("gap", gap, (gap >= 0) & (gap < GAPS), 
 
 
 def _place(model: ItemTransformer, memory: Memory, rows: Tensor | None):
-    "Turns of the next item of each user, Complex[B, 1, P, 1, d/2], and how many slots it sees, Int[B, 1]."
+    "Turns of the next item of each user, Complex[B, 1, P, 1, d/2], and how many slots it sees, Int[B, 1]; None where all users see all slots that are filled."
     seen, held = (x if rows is None else x[rows] for x in (memory.seen, memory.held))
     by = model.rope.table(seen[:, None], torch.arange(model.n_tokens, device=seen.device), model.feedback.weight.dtype)
-    return by, held[:, None]
+    return by, None if bool((held == memory.most).all()) else held[:, None]
 
 
 @torch.inference_mode()
@@ -110,10 +110,10 @@ def score(model: ItemTransformer, memory: Memory,
     _check(model, memory), _per_user("candidates", candidates, len(memory), 2), _rows(model, candidates)
     gap = candidates.new_zeros(len(memory)) if gap is None else gap
     _per_user("gap", gap, len(memory), 1), _gaps(gap)
-    model.eval()
+    if model.training: model.eval()
     by, before = _place(model, memory, None)
     x = model.item_tokens(candidates) + model.states(None, gap[:, None])
-    before = None if len(memory) == 1 else before.expand_as(candidates)      # one user's slots are all visible
+    if before is not None: before = before.expand_as(candidates)
     for n, (k, v) in enumerate(zip(memory.keys, memory.values)): x = model.candidate_layer(n, x, by, k[:, :memory.most], v[:, :memory.most], before)
     return model.read(x)
 
@@ -133,7 +133,7 @@ def extend(model: ItemTransformer, memory: Memory,
     if rows is not None and (rows.dim() != 1 or len(rows.unique()) < len(rows)): raise DataError(f"rows of shape {tuple(rows.shape)} with {len(rows.unique())} different users: expected [n], each user at most once")
     for name, value in (("item", item), ("feedback", feedback), ("gap", gap)): _per_user(name, value, len(who), 1)
     _all_are("feedback", feedback, (feedback == 0) | (feedback == 1), "1 = liked, 0 = not")
-    model.eval()
+    if model.training: model.eval()              # a walk through all modules
     by, before = _place(model, memory, rows)
     slot = memory.seen[who] % memory.slots
     past = [tuple(x[:, :memory.most] if rows is None else x[who, :memory.most] for x in pair) for pair in zip(memory.keys, memory.values)]
