@@ -124,7 +124,7 @@ class CoTraining(CoTraining):
             row = {f"fill/{name}": part for name, part in found[1].items()}
         value, parts = model.click_loss(e, batch)
         self._minimise(clicks, value, parts, "click", e)
-        self.log("loss", value.detach(), prog_bar=True, on_step=False, on_epoch=True, batch_size=len(batch))
+        self.log_mean(value, len(batch), batch_idx)
         if self.batches % self.every_steps == 0: self.steps.append({"step": self.batches, **{k: float(v) for k, v in {**parts, **row}.items()}})
         self.batches += 1
 
