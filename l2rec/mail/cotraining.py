@@ -52,8 +52,11 @@ class FilledRanker(Click):
     def click_loss(self, e: Embedded, batch: ClickBatch) -> tuple[Tensor, dict[str, Tensor]]:
         "Binary cross-entropy of the filled batch plus the ranker's own auxiliary losses on real behaviour, and the parts."
         new = self.new(batch)
-        filled = self.fill.fill(self.fill.view(e, ~new), new, batch.user)
-        parts = {"log_loss": binary_cross_entropy_with_logits(self.ranker.score(filled), batch.label), **self.ranker.auxiliary(e, batch)}
+        seen = self.fill.view(e, ~new)
+        filled = self.fill.fill(seen, new, batch.user)
+        log_loss = binary_cross_entropy_with_logits(self.ranker.score(filled), batch.label)
+        if seen is e: e.memo.update(filled.memo)
+        parts = {"log_loss": log_loss, **self.ranker.auxiliary(e, batch)}
         return sum(parts.values()), {name: value.detach() for name, value in parts.items()}
 
     def loss(self, batch: ClickBatch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -32,7 +32,7 @@ class Embedded:
     context: Tensor                  # [B, n_c, d], n_c may be 0
     candidate: Tensor | None = None  # Int[B] item row of the target
     items: Tensor | None = None      # Int[B, L] item row of each behaviour; n_items where there is none, or where it is virtual
-    memo: dict = field(init=False, default_factory=dict, repr=False)   # what `score` computed and `auxiliary` can use again; empty in every copy
+    memo: dict = field(init=False, default_factory=dict, repr=False)   # what `score` computed and `auxiliary` can use again, of questions with real behaviour; empty in every copy
 
     def __len__(self) -> int: return len(self.target)
 
@@ -219,7 +219,7 @@ class Ranker(Click):
         raise NotImplementedError(f"{type(self).__name__}.score")
 
     def auxiliary(self, e: Embedded, batch: ClickBatch) -> dict[str, Tensor]:
-        "Further losses of training, weighted, by name."
+        "Further losses of training, weighted, by name. Reads no question but those with real behaviour."
         return {}
 
     def forward(self, batch: ClickBatch) -> Tensor: return self.score(self.embed(batch))
