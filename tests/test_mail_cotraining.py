@@ -172,6 +172,29 @@ def test_click_loss_by_hand(world):
     assert match[0] == pytest.approx(match[1], rel=1e-5)                     # new users add nothing to it
 
 
+@pytest.mark.parametrize("fill", FILLS)
+def test_an_auxiliary_loss_may_use_what_score_computed(world, fill, monkeypatch):
+    """DMR's match and its slopes are those of an attention over the batch before it was filled, whether it is computed anew or not; DropoutNet's view is another batch."""
+    module, data = made(world, fill, "dmr", hyperparameters=dict(dropout=0.), own=dict(p=.5) if fill == "dropoutnet" else None)
+    net, batch, calls, found = module.model, questions(world, n=80), [], []
+    net.double().train()
+    batch.label = batch.label.double()
+    net.fill.prepare(net.ranker, net.split, 0)
+    attend = type(net.ranker).attend
+    monkeypatch.setattr(type(net.ranker), "attend", lambda self, e: calls.append(len(e)) or attend(self, e))
+    auxiliary = type(net.ranker).auxiliary
+    for way in (auxiliary, lambda self, e, batch: auxiliary(self, replace(e), batch)):          # a copy has no memo
+        monkeypatch.setattr(type(net.ranker), "auxiliary", way)
+        torch.manual_seed(3)                                                                     # the same negatives
+        net.zero_grad()
+        value, parts = net.click_loss(net.ranker.embed(batch), batch)
+        value.backward()
+        found.append((float(parts["match"]), {name: p.grad.clone() for name, p in net.ranker.named_parameters() if p.grad is not None}, len(calls)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-12) and found[0][0] > 0
+    assert found[0][1].keys() == found[1][1].keys() and all(torch.allclose(g, found[1][1][name], rtol=1e-9, atol=1e-14) for name, g in found[0][1].items())
+    assert (found[0][2], found[1][2] - found[0][2]) == ((2, 2) if fill == "dropoutnet" else (1, 2))
+
+
 # --- batches and splits at the edge ---------------------------------------------------------------------------------------
 
 

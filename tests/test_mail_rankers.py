@@ -11,7 +11,7 @@ from l2rec.data.synthetic import SyntheticWorld, make_world
 from l2rec.mail.attention_rankers import DIN, DMR
 from l2rec.mail.crossing_rankers import CrossLayers, DCNv2, DeepFM, pair_products
 from l2rec.mail.features import Questions, make_features
-from l2rec.mail.rankers import BaseDNN, BatchNorm, Dropout, Embedded, deep_network, pooled
+from l2rec.mail.rankers import BaseDNN, BatchNorm, Dropout, Embedded, deep_network, look_up, pooled, weighted_sum
 from l2rec.training.contracts import build
 
 RANKERS = (BaseDNN, DIN, DMR, DeepFM, DCNv2)
@@ -190,6 +190,32 @@ def test_mean_pooling(world):
             expected = sum(rows) / (len(rows) if how == "mean" else 1) if rows else torch.zeros(2, dtype=torch.float64)
             assert torch.allclose(out[b], expected)
     assert not torch.equal(*(build(BaseDNN, split, features=features, pool=p, **SMALL).eval()(mixed(split, features)) for p in ("sum", "mean")))
+
+
+@pytest.mark.parametrize("shape", [(64, 7), (300,), (0, 7), (5, 1, 2)])
+def test_rows_and_their_gradients_are_those_of_embedding(shape):
+    """To the last bit, with rows that are read often, once and never."""
+    torch.manual_seed(0)
+    index, table, weight = (torch.rand(shape) ** 3 * 20).long(), torch.randn(31, 5, requires_grad=True), torch.randn(*shape, 5)
+    reads = [look_up(table, index), look_up(table, index, nothing=30), torch.nn.functional.embedding(index, table)]
+    assert all(r.shape == (*shape, 5) and torch.equal(r, reads[-1]) for r in reads)
+    slopes = [torch.autograd.grad((r * weight).sum(), table)[0] for r in reads]
+    assert torch.equal(slopes[0], slopes[-1]) and torch.equal(slopes[1], slopes[-1])
+
+
+def test_weighted_sum_is_a_product_of_matrices():
+    """The value, both slopes to the last bit, the slope of a slope, and weights that need none."""
+    torch.manual_seed(0)
+    weight, x, g = torch.rand(9, 6, requires_grad=True), torch.randn(9, 6, 4, requires_grad=True), torch.randn(9, 4)
+    ways = [weighted_sum(weight, x), (weight[:, None] @ x).squeeze(1)]
+    assert torch.equal(*ways)
+    for a, b in zip(*(torch.autograd.grad((way * g).sum(), (weight, x)) for way in ways)): assert torch.equal(a, b)
+    assert torch.equal(*(torch.autograd.grad((way * g).sum(), x)[0] for way in (weighted_sum(weight.detach(), x), weighted_sum(weight, x))))
+    exact = weight.detach().double().requires_grad_(), x.detach().double().requires_grad_()
+    assert torch.autograd.gradcheck(weighted_sum, exact) and torch.autograd.gradgradcheck(weighted_sum, exact)
+    with torch.autocast("cpu", torch.bfloat16): half = weighted_sum(weight, x)
+    (half.float() * g).sum().backward()
+    assert torch.allclose(half.float(), ways[0], atol=.1) and weight.grad.dtype == x.grad.dtype == torch.float32 and x.grad.abs().sum() > 0
 
 
 def test_match_against_the_whole_catalogue(world):
@@ -411,6 +437,9 @@ def test_dropout(p):
     torch.manual_seed(1); a = Dropout(p)(x)
     torch.manual_seed(1); b = Dropout(p)(x)
     assert torch.equal(a, b)
+    torch.manual_seed(1)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:x.numel()].view(x.shape)
+    assert torch.equal(a != 0, bits >= round(p * 2**16) - 2**15)              # integers, compared as integers
 
 
 def test_deep_network_is_that_of_torch():

@@ -237,6 +237,28 @@ class Breaks(Scripted):
         return value, {"softmax": value.detach(), "regulariser": torch.tensor(7.)}
 
 
+def test_the_loss_of_an_epoch_is_the_mean_over_its_units(split):
+    """As Lightning would add it up, batch after batch, the last one smaller; handed to its log once an epoch."""
+    class Watched(RetrievalModule):
+        def training_step(self, batch, batch_idx):
+            value = super().training_step(batch, batch_idx)
+            if batch_idx == 0: seen.append([])
+            seen[-1].append((value.detach(), len(batch)))
+            return value
+
+        def log(self, name, *args, **kwargs):
+            calls.append(name)
+            return super().log(name, *args, **kwargs)
+    seen, calls = [], []
+    model, data = set_up(SASRec, split, 0, SMALL, max_length=5, batch_size=7)
+    done = fit(Watched(model, data), data, max_epochs=3, patience=9, progress=False)
+    assert len({n for _, n in seen[0]}) == 2 and calls.count("loss") == len(seen) == 3
+    for batches, logged in zip(seen, done.history["loss"]):
+        total = torch.tensor(0.)
+        for value, n in batches: total = total + value * n
+        assert logged == float(total / sum(n for _, n in batches))
+
+
 def test_a_loss_that_is_not_finite_stops_with_step_and_terms(split):
     data = SequenceData(split, batch_size=1000)
     module = RetrievalModule(Breaks(split.n_items, [0] * 9), data, lr=.1)

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, leaky_relu, pad
 from ..data.batches import ClickBatch
 from ..data.splits import Split
 from .features import Features
-from .rankers import Embedded, Ranker, deep_network
+from .rankers import Embedded, Ranker, deep_network, look_up, weighted_sum
 
 # %% ../../nbs/mail/02_attention_rankers.ipynb #c05
 def masked_softmax(score: Tensor,   # [B, L]
@@ -66,7 +66,7 @@ class DIN(Ranker):
         return masked_softmax(score, e.present) if self.softmax else score * e.present
 
     def score(self, e: Embedded) -> Tensor:
-        interest = (self.weights(e)[:, None] @ e.behaviour).squeeze(1)                     # [B, d]
+        interest = weighted_sum(self.weights(e), e.behaviour)                              # [B, d]
         return self.network(self.groups(e, interest)).squeeze(1)
 
 # %% ../../nbs/mail/02_attention_rankers.ipynb #c18
@@ -90,7 +90,7 @@ class PositionAttentions(nn.Module):
         if n > self.position.shape[1]: raise ValueError(f"{n} slots, and positions for {self.position.shape[1]}; make the ranker with slots={n}")
         at = (self.position[:, :n] @ self.of_position).transpose(0, 1).flatten(1) + self.bias   # [L, 2d]
         of_target = pad(self.of_target(target), (e.shape[2], 0))                                      # [B, 2d], nothing for the first attention
-        hidden = (self.of_behaviour(e) + at).add_(of_target[:, None]).tanh_()                         # [B, L, 2d]
+        hidden = self.of_behaviour(e).add_(at).add_(of_target[:, None]).tanh_()                       # [B, L, 2d]
         a, raw = (hidden @ torch.block_diag(*self.z.split(1)).t()).unbind(2)
         return a, raw + self.constant
 
@@ -129,7 +129,7 @@ class DMR(Ranker):
         if e.candidate is None: raise ValueError("DMR reads an output vector of the target: Embedded.candidate must hold its item row")
         user, before, pooled, raw = self.attend(e)
         e.memo["before"] = before
-        relevance = (user * self.output(e.candidate)).sum(1)                                                  # r
+        relevance = (user * look_up(self.output.weight, e.candidate)).sum(1)                                                  # r
         return self.network(torch.cat([self.groups(e, pooled), relevance[:, None], raw[:, None]], 1)).squeeze(1)
 
     def auxiliary(self, e: Embedded, batch: ClickBatch | None = None) -> dict[str, Tensor]:
@@ -142,7 +142,7 @@ class DMR(Ranker):
         if n_items <= self.negatives: each = cross_entropy(u @ self.output.weight.t(), answer, reduction="none")
         else:
             drawn = torch.randint(n_items, (self.negatives,), device=u.device)
-            negative = (u @ self.output(drawn).t()).masked_fill(answer[:, None] == drawn, -torch.inf)         # [B, negatives]
-            logits = torch.cat([(u * self.output(answer)).sum(1, keepdim=True), negative], 1)
+            negative = (u @ look_up(self.output.weight, drawn).t()).masked_fill(answer[:, None] == drawn, -torch.inf)         # [B, negatives]
+            logits = torch.cat([(u * look_up(self.output.weight, answer)).sum(1, keepdim=True), negative], 1)
             each = cross_entropy(logits, torch.zeros_like(answer), reduction="none")
         return {"match": self.match_weight * (each * usable).sum() / usable.sum().clamp(min=1)}

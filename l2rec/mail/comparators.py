@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from scipy import sparse
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, embedding, embedding_bag
+from torch.nn.functional import binary_cross_entropy_with_logits, embedding_bag
 
 from ..data.splits import Split
 from .features import Features, Question, Questions
 from .fills import Fill, distinct, with_behaviour
-from .rankers import Embedded, Ranker
+from .rankers import Embedded, Ranker, look_up
 
 # %% ../../nbs/mail/07_comparators.ipynb #c05
 def training_behaviour(split: Split,
@@ -223,7 +223,7 @@ class LLAE(LLAE):
         vectors = embeddings.item_vectors(None if known is None else known[:-1])      # the last of the sorted rows is "none"
         vectors = torch.cat([vectors, vectors.new_zeros(1, vectors.shape[1])])
         index = index[:items.numel()].view_as(items) if known is not None else index
-        return with_behaviour(e, rows, embedding(index, vectors, padding_idx=len(vectors) - 1), items, items < embeddings.n_items)
+        return with_behaviour(e, rows, look_up(vectors, index, nothing=len(vectors) - 1), items, items < embeddings.n_items)
 
 # %% ../../nbs/mail/07_comparators.ipynb #c29
 class DropoutNet(Fill):

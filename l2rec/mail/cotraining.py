@@ -52,8 +52,11 @@ class FilledRanker(Click):
     def click_loss(self, e: Embedded, batch: ClickBatch) -> tuple[Tensor, dict[str, Tensor]]:
         "Binary cross-entropy of the filled batch plus the ranker's own auxiliary losses on real behaviour, and the parts."
         new = self.new(batch)
-        filled = self.fill.fill(self.fill.view(e, ~new), new, batch.user)
-        parts = {"log_loss": binary_cross_entropy_with_logits(self.ranker.score(filled), batch.label), **self.ranker.auxiliary(e, batch)}
+        seen = self.fill.view(e, ~new)
+        filled = self.fill.fill(seen, new, batch.user)
+        log_loss = binary_cross_entropy_with_logits(self.ranker.score(filled), batch.label)
+        if seen is e: e.memo.update(filled.memo)
+        parts = {"log_loss": log_loss, **self.ranker.auxiliary(e, batch)}
         return sum(parts.values()), {name: value.detach() for name, value in parts.items()}
 
     def loss(self, batch: ClickBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -124,7 +127,7 @@ class CoTraining(CoTraining):
             row = {f"fill/{name}": part for name, part in found[1].items()}
         value, parts = model.click_loss(e, batch)
         self._minimise(clicks, value, parts, "click", e)
-        self.log("loss", value.detach(), prog_bar=True, on_step=False, on_epoch=True, batch_size=len(batch))
+        self.log_mean(value, len(batch), batch_idx)
         if self.batches % self.every_steps == 0: self.steps.append({"step": self.batches, **{k: float(v) for k, v in {**parts, **row}.items()}})
         self.batches += 1
 

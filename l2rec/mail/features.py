@@ -308,7 +308,7 @@ class Questions(Clicks):
         unit = torch.from_numpy(np.asarray(indices)).to(self.items.device)
         at = self.at[unit]
         index, offsets = window_index(self.start[unit], self.until[unit])
-        return Question(self.user[unit], self.items[at], self.label[at], self.past[index], self.past_label[index], offsets,
+        return Question(self.user[unit], self.items[at], self.label[at], self.past.index_select(0, index), self.past_label.index_select(0, index), offsets,
                         torch.from_numpy(self.size[indices]), None if self.context is None else self.context[at])
 
 # %% ../../nbs/mail/00_features.ipynb #c35

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..data.splits import Split
 from .features import Features
-from .rankers import Embedded, Ranker
+from .rankers import Embedded, Ranker, look_up
 from .tower import ZeroShotTower
 
 # %% ../../nbs/mail/06_fills.ipynb #c05
@@ -102,7 +102,7 @@ class LinearFill(Fill):
         first, which = distinct(self.ranker.embeddings.profile[user[rows]])
         attributes = e.attributes[rows[first]]
         virtual = self.map((attributes.detach() if self.read_only else attributes).flatten(1))
-        return with_behaviour(e, rows, virtual.view(-1, self.slots, self.width)[which])
+        return with_behaviour(e, rows, look_up(virtual, which).view(-1, self.slots, self.width))
 
 # %% ../../nbs/mail/06_fills.ipynb #c19
 class TowerFill(Fill):
@@ -127,13 +127,13 @@ class TowerFill(Fill):
         rows = new.nonzero().squeeze(1)
         if not len(rows) or (self.training and not self.fill_in_training): return e
         first, which = distinct(self.ranker.embeddings.profile[user[rows]])
-        return with_behaviour(e, rows, self.tower.virtual(e.attributes[rows[first]])[which])
+        return with_behaviour(e, rows, self.tower.virtual(e.attributes[rows[first]]).index_select(0, which))
 
     def loss(self, e: Embedded, old: Tensor, label: Tensor, ranker: Ranker) -> tuple[Tensor, dict[str, Tensor]]:
         rows = (old & e.present.any(1)).nonzero().squeeze(1)
         if self.rows is not None and len(rows) > self.rows:
             rows = rows[torch.randperm(len(rows), device=rows.device)[:self.rows]]
-        return self.tower.loss(e.attributes[rows], e.behaviour[rows], e.present[rows])
+        return self.tower.loss(*(x.index_select(0, rows) for x in (e.attributes, e.behaviour, e.present)))
 
 # %% ../../nbs/mail/06_fills.ipynb #c21
 FILLS = {

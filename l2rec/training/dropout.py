@@ -17,7 +17,7 @@ def drop_out(x: Tensor, # Float[...]
     "x with elements set to zero with probability p and the others divided by 1 - p, from the device's global generator."
     if x.device.type != "cpu": return dropout(x, p)
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None)     # 64 random bits each
-    keep = words.view(torch.int16)[:x.numel()].view(x.shape) >= min(round(p * 2**16) - 2**15, 2**15 - 1)
+    keep = words.view(torch.int16)[:x.numel()].view(x.shape).to(torch.float32).ge_(min(round(p * 2**16) - 2**15, 2**15 - 1))
     return x * keep.to(x.dtype).mul_(1 / (1 - p))
 
 

@@ -22,6 +22,7 @@ import polars as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 from ..data.batches import ClickData, SequenceData
 from ..data.splits import Split, history_length, training_counts
@@ -52,8 +53,14 @@ class _Module(L.LightningModule):
     def training_step(self, batch, batch_idx):
         value, parts = self.model.loss(batch)
         if not torch.isfinite(value): raise FloatingPointError(f"the loss is {value.item()} at step {self.global_step} ({ {k: float(v) for k, v in parts.items()} }); try a smaller lr than {self.lr}")
-        self.log("loss", value, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(batch))
+        self.log_mean(value, len(batch), batch_idx)
         return value
+
+    def log_mean(self, value: Tensor, n: int, batch_idx: int):
+        "Log the epoch's mean of `value`, a mean over n units of each batch, as \"loss\"."
+        total, units = (0., 0) if batch_idx == 0 else self._loss
+        self._loss = total + value.detach().to(torch.promote_types(value.dtype, torch.float32)) * n, units + n
+        if self.trainer.is_last_batch: self.log("loss", self._loss[0] / self._loss[1], prog_bar=True, on_step=False, on_epoch=True, batch_size=1)
 
     def on_save_checkpoint(self, checkpoint): checkpoint["signature"] = self.signature
 
