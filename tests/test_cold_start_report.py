@@ -295,3 +295,25 @@ def test_the_report_of_rankers_alone_with_one_seed(own):
     text = report('cold_start', own)
     assert 'BaseDNN alone and DIN alone' in text and 'nothing to draw' in text and 'no pair of a ranker alone and with MAIL-Base' in text
     assert {p.name for p in (own / 'demo' / 'figures').glob('*')} == set()
+
+
+def counts(runs, seeds):
+    "A record of counted rates: the ranker BaseDNN's own AUC less .02 for the item, and less .02 and a growing number for all attributes."
+    own = {(d, s): v for d, s, v in runs.metrics.filter(model='basednn', metric='test/new/auc').select('dataset', 'seed', 'value').rows()}
+    made = [(d, 'like-rate', s, f'rate/{c}/new/{m}', v - .02 - .001 * s * (c == 'all')) for (d, s), v in own.items() if s in seeds for c in ('item', 'all') for m in ('auc', 'gauc')]
+    return replace(runs, experiment='attribute_information', metrics=pl.DataFrame(made, schema=['dataset', 'model', 'seed', 'metric', 'value'], orient='row'))
+
+def test_the_floor_of_rankers_is_paired_by_seed(runs):
+    table, seeds = cold_start.floor_table(runs, counts(runs, range(SEEDS))), np.arange(SEEDS)
+    for dataset in runs.datasets():
+        got = row(table.long, dataset=dataset, model='basednn', metric='over-all/new/auc')
+        gain = .02 + .001 * seeds
+        half = 12.706204736432095 * gain.std(ddof=1) / 2 ** .5           # t of one degree of freedom
+        assert got['n_seeds'] == 2 and np.allclose([got['mean'], got['ci_low'], got['ci_high']], [gain.mean(), gain.mean() - half, gain.mean() + half])
+        assert abs(row(table.long, dataset=dataset, model='basednn', metric='over-item/new/auc')['mean'] - .02) < 1e-9
+    assert all('BaseDNN' in line.split('above the count')[1] for line in cold_start.describe_floor(table).splitlines())
+
+def test_a_floor_needs_common_seeds(runs):
+    one = cold_start.floor_table(runs, counts(runs, [1]))
+    assert one.long['ci_low'].null_count() == one.long.height and 'no ranker differs' in cold_start.describe_floor(one)
+    with pytest.raises(ValueError, match='the same seeds'): cold_start.floor_table(runs, counts(runs, []))

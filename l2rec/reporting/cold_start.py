@@ -12,8 +12,9 @@ __all__ = ['RANKERS', 'ARMS', 'COMPARATORS', 'EXAMPLE_SKILL', 'MEASURES', 'GROUP
            'record_file', 'loss_steps', 'loss_curves_figure', 'loss_falls', 'describe_losses', 'hidden_codes',
            'codes_figure', 'code_distances', 'describe_codes', 'share_of', 'share_gains', 'share_figure',
            'describe_shares', 'dropped_of', 'attributes_table', 'describe_attributes', 'regime_of', 'under',
-           'information_table', 'describe_information', 'switches_table', 'describe_switches', 'virtual_table',
-           'describe_virtual', 'cost_table', 'describe_cost', 'beats', 'losses_fall', 'untestable']
+           'information_table', 'describe_information', 'floor_table', 'describe_floor', 'switches_table',
+           'describe_switches', 'virtual_table', 'describe_virtual', 'cost_table', 'describe_cost', 'beats',
+           'losses_fall', 'untestable']
 
 # %% ../../nbs/reporting/03_cold_start.ipynb #c02
 import re
@@ -697,6 +698,44 @@ def describe_information(table: Table) -> str:
         lines.append(f"- **{dataset}**: the best attribute counter ({COUNTERS.get(best['model'], best['model'].replace('_', ' '))}) adds {signed(best['mean'])} to the AUC of new users"
                      + (f", the best single one ({single['model'].replace('_', ' ')}) {signed(single['mean'])}" if single is not None and single is not best else '')
                      + (f"; the deleted answers would add {signed(found['own']['mean'])}." if 'own' in found else '.'))
+    return '\n'.join(lines)
+
+# %% ../../nbs/reporting/03_cold_start.ipynb #5d0e7a11
+def floor_table(
+    runs: Runs,    # of the experiment 'cold_start'
+    counted: Runs, # of the experiment 'attribute_information'
+    name: str = 'cold-start-floor',
+) -> Table:
+    "Each ranker without a tower, minus counted like rates, for new users; a row a dataset and ranker. ValueError where no dataset has both."
+    def by_seed(metrics, dataset, model, key): return dict(metrics.filter(dataset=dataset, model=model, metric=key).select('seed', 'value').rows())
+    long, rows = [], []
+    for dataset in runs.datasets():
+        for ranker in (m for m in cold_order(runs.models()) if m in RANKERS):
+            cells = []
+            for measure in ('auc', 'gauc'):
+                own = by_seed(runs.metrics, dataset, ranker, f'test/new/{measure}')
+                if own: cells.append(number(float(np.mean(list(own.values())))))
+                for counter in ('item', 'all'):
+                    rate = by_seed(counted.metrics, dataset, 'like-rate', f'rate/{counter}/new/{measure}')
+                    gain = np.array([own[s] - rate[s] for s in sorted(own.keys() & rate.keys())])
+                    if not len(gain): continue
+                    half = float(stats.t.ppf(.975, len(gain) - 1) * gain.std(ddof=1) / np.sqrt(len(gain))) if len(gain) > 1 else None
+                    low, high = (gain.mean() - half, gain.mean() + half) if half is not None else (None, None)
+                    long.append((dataset, ranker, f'over-{counter}/new/{measure}', gain.mean(), gain.std(ddof=1) if len(gain) > 1 else None, len(gain), low, high))
+                    cells.append(signed(gain.mean()) + ('' if half is None else f'<br>{bracket(low, high)}'))
+            if len(cells) == 6: rows.append((dataset, RANKERS[ranker], *cells))
+    if not rows: raise ValueError(f'no dataset has runs of a ranker alone in {runs.experiment} and of {counted.experiment} with the same seeds')
+    heads = (('', 'dataset'), ('', 'ranker alone'), *((f'new users, {m}', h) for m in ('AUC', 'GAUC') for h in ('the ranker', 'over the item alone', 'over all attributes')))
+    return Table(name, pl.DataFrame(long, schema=LONG, orient='row'), heads, tuple(rows),
+                 'Rankers without a tower, and how far they are above like rates that were only counted: of the item, and of the item with all attributes. Test questions of new users; mean over seeds, with the 95 % t interval over seeds of the difference.')
+
+def describe_floor(table: Table) -> str:
+    "Markdown: on each dataset, which rankers are above the count of all attributes, and which below."
+    lines = []
+    for (dataset,), own in table.long.filter(metric='over-all/new/auc').group_by('dataset', maintain_order=True):
+        above, below = ([RANKERS[r['model']] for r in own.iter_rows(named=True) if r[bound] is not None and sign * r[bound] > 0] for bound, sign in (('ci_low', 1), ('ci_high', -1)))
+        lines.append(f"- **{dataset}**: " + '; '.join([*([f'above the count of all attributes (AUC of new users, by an interval above zero): {listed(above)}'] if above else []),
+                                                     *([f'below it: {listed(below)}'] if below else [])] or ['no ranker differs from the count of all attributes by an interval that excludes zero']) + '.')
     return '\n'.join(lines)
 
 # %% ../../nbs/reporting/03_cold_start.ipynb #c81
