@@ -313,6 +313,12 @@ def test_the_floor_of_rankers_is_paired_by_seed(runs):
         assert abs(row(table.long, dataset=dataset, model='basednn', metric='over-item/new/auc')['mean'] - .02) < 1e-9
     assert all('BaseDNN' in line.split('above the count')[1] for line in cold_start.describe_floor(table).splitlines())
 
+def test_a_counter_that_is_missing_leaves_a_dash_and_not_a_ranker_out(runs):
+    made = counts(runs, range(SEEDS))
+    table = cold_start.floor_table(runs, replace(made, metrics=made.metrics.filter(~pl.col('metric').str.starts_with('rate/all/'))))
+    assert {cells[1] for cells in table.rows} == {cells[1] for cells in cold_start.floor_table(runs, made).rows}
+    assert all(cells[4] == cells[7] == '–' and cells[3] != '–' for cells in table.rows)
+
 def test_a_floor_needs_common_seeds(runs):
     one = cold_start.floor_table(runs, counts(runs, [1]))
     assert one.long['ci_low'].null_count() == one.long.height and 'no ranker differs' in cold_start.describe_floor(one)

@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 from scipy import stats
 
-from l2rec.evaluation.significance import (average_seeds, bootstrap_mean, bootstrap_means, compare, holm, paired_bootstrap, paired_test, seed_spread,
+from l2rec.evaluation.significance import (average_seeds, bootstrap_mean, bootstrap_means, compare, holm, paired_bootstrap, paired_test, seed_interval, seed_spread,
                                            slice_metrics)
 
 
@@ -102,6 +102,13 @@ def test_seed_spread():
     assert seed_spread([1, 2, 3]) == (2, 1, 3)
     mean, std, n = seed_spread([0.5])
     assert mean == 0.5 and math.isnan(std) and n == 1
+
+
+def test_seed_interval_is_that_of_the_t_test():
+    values = [0.2, 0.5, 0.1, 0.9]
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert seed_interval(values) == pytest.approx((np.mean(values), expected.low, expected.high))
+    assert seed_interval([0.5]) == (0.5, None, None)
 
 
 def table(values, users=None):

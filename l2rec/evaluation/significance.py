@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['finite_values', 'differences', 'bootstrap_means', 'bootstrap_mean', 'paired_bootstrap', 'paired_test', 'holm',
-           'seed_spread', 'average_seeds', 'check_same_users', 'compare', 'slice_metrics']
+           'seed_spread', 'seed_interval', 'average_seeds', 'check_same_users', 'compare', 'slice_metrics']
 
 # %% ../../nbs/evaluation/02_significance.ipynb #c02
 import itertools
@@ -129,6 +129,16 @@ def seed_spread(
     "Mean and sample standard deviation (divisor S-1) over seeds."
     values = finite_values("values", values)
     return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else float("nan"), len(values)
+
+
+def seed_interval(
+    values: ArrayLike,  # Float[S], one value a seed (or a round, or a pair of seeds)
+) -> tuple[float, float | None, float | None]:  # mean, low, high; no interval for one value
+    "Mean and its 95 % Student t interval over seeds, S-1 degrees of freedom."
+    mean, std, n = seed_spread(values)
+    if n == 1: return mean, None, None
+    half = float(stats.t.ppf(0.975, n - 1) * std / np.sqrt(n))
+    return mean, mean - half, mean + half
 
 
 def average_seeds(

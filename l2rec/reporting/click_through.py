@@ -35,9 +35,8 @@ import matplotlib
 import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
-from scipy import stats
 
-from ..evaluation.significance import check_same_users, holm, seed_spread
+from ..evaluation.significance import check_same_users, holm, seed_interval, seed_spread
 from .claims import Claim, Effect
 from .cold_start import PAIRED, gain_cell, influences, long_rows, over_users_and_seeds, record_file, signed, sorted_out, untestable, within
 from .figures import RC, direct_labels, panels
@@ -1306,9 +1305,7 @@ def time_saved(name: str = LATENCY) -> Callable[[Runs], list[Effect]]:
         for dataset in runs.datasets():
             rounds = [1 - 1 / v for k in runs.keys() if k[0] == dataset for t in [runs.records[k].history()] if {'ratio', 'value'} <= set(t.columns) for v in t.filter(ratio=name)['value'] if v > 0]
             if len(rounds) < 2: effects.append(Effect(dataset, None, reason=f'fewer than two rounds of {name} in history.csv'))
-            else:
-                mean, half = float(np.mean(rounds)), float(stats.t.ppf(.975, len(rounds) - 1) * np.std(rounds, ddof=1) / np.sqrt(len(rounds)))
-                effects.append(Effect(dataset, mean, mean - half, mean + half, None, 0, f'{len(rounds)} rounds'))
+            else: effects.append(Effect(dataset, *seed_interval(rounds), None, 0, f'{len(rounds)} rounds'))
         return effects
     return measure
 

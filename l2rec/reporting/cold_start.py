@@ -7,12 +7,12 @@ __all__ = ['RANKERS', 'ARMS', 'COMPARATORS', 'EXAMPLE_SKILL', 'MEASURES', 'GROUP
            'TOWER_TERMS', 'REGIMES', 'COUNTERS', 'PREDICTORS', 'MARGIN', 'MAIL_CLAIMS', 'ranker_of', 'arm_of',
            'cold_order', 'label_of', 'example_clicks', 'example_files', 'example_cold_start_records', 'influences',
            'over_users_and_seeds', 'seeds_of', 'check_same_draw', 'paired', 'main_models', 'against_alone', 'signed',
-           'long_rows', 'gain_cell', 'cold_start_table', 'within', 'pattern_table', 'sorted_out', 'rankers_said',
-           'describe_pattern', 'against_comparators', 'describe_cold_start', 'ranker_styles', 'cold_start_figure',
-           'record_file', 'loss_steps', 'loss_curves_figure', 'loss_falls', 'describe_losses', 'hidden_codes',
-           'codes_figure', 'code_distances', 'describe_codes', 'share_of', 'share_gains', 'share_figure',
-           'describe_shares', 'dropped_of', 'attributes_table', 'describe_attributes', 'regime_of', 'under',
-           'information_table', 'describe_information', 'floor_table', 'describe_floor', 'switches_table',
+           'gain_over_seeds', 'long_rows', 'gain_cell', 'cold_start_table', 'within', 'pattern_table', 'sorted_out',
+           'rankers_said', 'describe_pattern', 'against_comparators', 'describe_cold_start', 'ranker_styles',
+           'cold_start_figure', 'record_file', 'loss_steps', 'loss_curves_figure', 'loss_falls', 'describe_losses',
+           'hidden_codes', 'codes_figure', 'code_distances', 'describe_codes', 'share_of', 'share_gains',
+           'share_figure', 'describe_shares', 'dropped_of', 'attributes_table', 'describe_attributes', 'regime_of',
+           'under', 'information_table', 'describe_information', 'floor_table', 'describe_floor', 'switches_table',
            'describe_switches', 'virtual_table', 'describe_virtual', 'cost_table', 'describe_cost', 'beats',
            'losses_fall', 'untestable']
 
@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy import stats
 
-from ..evaluation.significance import check_same_users, holm, seed_spread
+from ..evaluation.significance import check_same_users, holm, seed_interval, seed_spread
 from .claims import Claim, Effect
 from .figures import RC, direct_labels, panels
 from .tables import LONG, Runs, Table, bracket, brief, listed, missing_note, named, number, read_experiment, training_seconds
@@ -237,6 +237,13 @@ def against_alone(
 def signed(value: float) -> str:
     "`+.0072`, `-.0031`."
     return ('+' if value >= 0 else '') + number(value)
+
+def gain_over_seeds(
+    gain: np.ndarray, # Float[S], differences, one a seed
+) -> str:
+    "`+.0072 [.0051, .0093]`, the t interval over seeds; no interval for one seed."
+    mean, low, high = seed_interval(gain)
+    return signed(mean) + ('' if low is None else f' {bracket(low, high)}')
 
 def long_rows(
     found: pl.DataFrame, # of `paired`
@@ -677,11 +684,10 @@ def information_table(
                 key = f'rate/{counter}/{group}/{measure}'
                 own = np.array([value[dataset, s, key] for s in seeds if (dataset, s, key) in value])
                 gain = np.array([value[dataset, s, key] - value[dataset, s, f'rate/item/{group}/{measure}'] for s in seeds if (dataset, s, key) in value])
-                half = stats.t.ppf(.975, len(gain) - 1) * gain.std(ddof=1) / np.sqrt(len(gain)) if len(gain) > 1 else None
                 mean, std, n = seed_spread(own)
                 long.append((dataset, counter, key, mean, std if n > 1 else None, n, None, None))
-                if counter != 'item': long.append((dataset, counter, f'difference/{group}/{measure}', gain.mean(), gain.std(ddof=1) if n > 1 else None, n, *((gain.mean() - half, gain.mean() + half) if half is not None else (None, None))))
-                cells.append(number(mean) + ('' if counter == 'item' else f'<br>{signed(gain.mean())}' + (f' {bracket(gain.mean() - half, gain.mean() + half)}' if half is not None else '')))
+                if counter != 'item': long.append((dataset, counter, f'difference/{group}/{measure}', gain.mean(), gain.std(ddof=1) if n > 1 else None, n, *seed_interval(gain)[1:]))
+                cells.append(number(mean) + ('' if counter == 'item' else f'<br>{gain_over_seeds(gain)}'))
             rows.append((dataset, COUNTERS.get(counter, f'by {counter.replace("_", " ")}'), str(len(seeds)), *cells))
     caption = ('Like rates counted on training questions: of the item alone; with what users of an attribute value like more or less, generally and item by item (shrinkage chosen on validation); and with the generosity seen in the deleted answers of the '
                'user. Mean over seeds; below it the difference from the item alone, with its 95 % t interval over seeds.')
@@ -714,17 +720,17 @@ def floor_table(
             cells = []
             for measure in ('auc', 'gauc'):
                 own = by_seed(runs.metrics, dataset, ranker, f'test/new/{measure}')
-                if own: cells.append(number(float(np.mean(list(own.values())))))
+                cells.append(number(float(np.mean(list(own.values())))) if own else '–')
                 for counter in ('item', 'all'):
                     rate = by_seed(counted.metrics, dataset, 'like-rate', f'rate/{counter}/new/{measure}')
                     gain = np.array([own[s] - rate[s] for s in sorted(own.keys() & rate.keys())])
-                    if not len(gain): continue
-                    half = float(stats.t.ppf(.975, len(gain) - 1) * gain.std(ddof=1) / np.sqrt(len(gain))) if len(gain) > 1 else None
-                    low, high = (gain.mean() - half, gain.mean() + half) if half is not None else (None, None)
-                    long.append((dataset, ranker, f'over-{counter}/new/{measure}', gain.mean(), gain.std(ddof=1) if len(gain) > 1 else None, len(gain), low, high))
-                    cells.append(signed(gain.mean()) + ('' if half is None else f'<br>{bracket(low, high)}'))
-            if len(cells) == 6: rows.append((dataset, RANKERS[ranker], *cells))
-    if not rows: raise ValueError(f'no dataset has runs of a ranker alone in {runs.experiment} and of {counted.experiment} with the same seeds')
+                    if not len(gain):
+                        cells.append('–')
+                        continue
+                    long.append((dataset, ranker, f'over-{counter}/new/{measure}', gain.mean(), gain.std(ddof=1) if len(gain) > 1 else None, len(gain), *seed_interval(gain)[1:]))
+                    cells.append(gain_over_seeds(gain))
+            rows.append((dataset, RANKERS[ranker], *cells))
+    if not long: raise ValueError(f'no dataset has runs of a ranker alone in {runs.experiment} and of {counted.experiment} with the same seeds')
     heads = (('', 'dataset'), ('', 'ranker alone'), *((f'new users, {m}', h) for m in ('AUC', 'GAUC') for h in ('the ranker', 'over the item alone', 'over all attributes')))
     return Table(name, pl.DataFrame(long, schema=LONG, orient='row'), heads, tuple(rows),
                  'Rankers without a tower, and how far they are above like rates that were only counted: of the item, and of the item with all attributes. Test questions of new users; mean over seeds, with the 95 % t interval over seeds of the difference.')
@@ -801,8 +807,7 @@ def describe_virtual(
             seeds = [s for d, m, s, k in value if (d, m, k) == (dataset, model, 'virtual/mail/cosine') and (d, m, s, f'virtual/{rival}/cosine') in value]
             if not seeds: continue
             d = np.array([value[dataset, model, s, 'virtual/mail/cosine'] - value[dataset, model, s, f'virtual/{rival}/cosine'] for s in seeds])
-            half = stats.t.ppf(.975, len(d) - 1) * d.std(ddof=1) / np.sqrt(len(d)) if len(d) > 1 else None
-            said.append(f"{signed(d.mean())}{'' if half is None else ' ' + bracket(d.mean() - half, d.mean() + half)} from the {PREDICTORS[rival].removeprefix('nearest by ') if rival == 'mean' else 'nearest neighbour'}")
+            said.append(f"{gain_over_seeds(d)} from the {PREDICTORS[rival].removeprefix('nearest by ') if rival == 'mean' else 'nearest neighbour'}")
         if said: lines.append(f"- **{dataset}**, {label_of(model)}: the cosine of the virtual behaviour with the deleted one differs by {listed(said)} (interval over seeds).")
     return '\n'.join(lines) or 'The records hold no cosine of an arm beside another predictor.'
 
@@ -865,8 +870,7 @@ def losses_fall(arm: str = 'mail-base') -> Callable[[Runs], list[Effect]]:
             if len(value) < 2:
                 effects.append(Effect(dataset, None, reason='fewer than two runs with 100 batches in steps.csv'))
                 continue
-            half = stats.t.ppf(.975, len(value) - 1) * value.std(ddof=1) / np.sqrt(len(value))
-            effects.append(Effect(dataset, float(value.mean()), float(value.mean() - half), float(value.mean() + half), None, 0, f'{len(value)} runs'))
+            effects.append(Effect(dataset, *seed_interval(value), None, 0, f'{len(value)} runs'))
         return effects
     return measure
 

@@ -32,7 +32,7 @@ import polars as pl
 from matplotlib.figure import Figure
 from scipy import stats
 
-from ..evaluation.significance import bootstrap_mean, compare, holm, paired_bootstrap, slice_metrics
+from ..evaluation.significance import bootstrap_mean, compare, holm, paired_bootstrap, seed_interval, slice_metrics
 from .claims import Claim, Effect, better
 from .click_through import beside, choices, doubtful, elsewhere, every_run, mean_of, parameter, split_name
 from .cold_start import gain_cell, record_file, signed, sorted_out, untestable, within
@@ -992,9 +992,7 @@ def balance_prevents_collapse(runs: Runs) -> list[Effect]:
         own, bare = worst.values()
         gap = np.array([own[s] - bare[s] for s in sorted(set(own) & set(bare))])
         if len(gap) < 2: effects.append(Effect(dataset, float(gap.mean()) if len(gap) else None, reason='one pair of seeds, so no interval' if len(gap) else 'no experts.csv with and without the balance loss in one seed'))
-        else:
-            half = float(stats.t.ppf(.975, len(gap) - 1) * gap.std(ddof=1) / np.sqrt(len(gap)))
-            effects.append(Effect(dataset, float(gap.mean()), float(gap.mean()) - half, float(gap.mean()) + half, None, 0, f'{len(gap)} pairs'))
+        else: effects.append(Effect(dataset, *seed_interval(gap), None, 0, f'{len(gap)} pairs'))
     return effects
 
 # %% ../../nbs/reporting/05_dual_view.ipynb #c79
