@@ -12,15 +12,15 @@ from ..data.splits import Split
 
 # %% ../../nbs/baselines/06_like_rate.ipynb #c05
 def training_answers(split: Split,
-                     above: float = 3., # a rating above this is a like
+                     above: float | None = 3., # a rating above this is a like; None: the rating itself is the answer
                      ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "User row Int[N], item row Int[N] and like Float[N] (1 or 0) of each training answer. Raises `ValueError` for data without ratings, or labels of one class."
+    "User row Int[N], item row Int[N] and like Float[N] (1 or 0), or rating, of each training answer. Raises `ValueError` for data without ratings, or answers that are all the same."
     if split.rating is None: raise ValueError(f"split {split.name!r}: like rates need a rating at every interaction, and the data has none or gaps")
     user = np.repeat(np.arange(split.n_users), np.diff(split.offsets))
     asked = (np.arange(len(user)) < split.train_end[user]) & split.train_user[user]
-    like = (split.rating[asked] > above).astype(float)
+    like = (split.rating[asked] if above is None else split.rating[asked] > above).astype(float)
     if not len(like) or like.min() == like.max():
-        raise ValueError(f"split {split.name!r}: all {len(like)} training labels are {int(like.max(initial=0))}, so there is no rate to compare")
+        raise ValueError(f"split {split.name!r}: all {len(like)} training labels are {like.max(initial=0):g}, so there is no rate to compare")
     return user[asked], split.items[asked], like
 
 # %% ../../nbs/baselines/06_like_rate.ipynb #c07

@@ -18,7 +18,7 @@ from torch.nn.functional import embedding_bag, pad, silu
 from ..baselines.like_rate import item_like_rate, training_answers
 from ..data.splits import Split, training_counts
 from .histories import GAPS
-from .transformer import ItemSide, Window, WindowModel, at, items_before, learned_table
+from .transformer import ItemSide, Window, WindowModel, at, begun, items_before, learned_table
 from ..training.dropout import Dropout
 
 # %% ../../nbs/hisam/12_comparators.ipynb #c06
@@ -63,8 +63,13 @@ class HSTUClicks(WindowModel):
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU("tanh"), nn.Linear(width, 1))
 
     @classmethod
-    def from_split(cls, split: Split, items: ItemSide | None = None, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, max_length: int = 100, forget: float = 0.) -> "HSTUClicks":
-        return cls(split.n_items, width, layers, heads, dropout, max_length, forget)
+    def from_split(cls, split: Split, items: ItemSide | None = None, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, max_length: int = 100, forget: float = 0.,
+                   item_start: str = "random", # how the vectors of items begin, see `begin_items`
+                   ) -> "HSTUClicks":
+        return begun(cls(split.n_items, width, layers, heads, dropout, max_length, forget), split, item_start)
+
+    @property
+    def item_vectors(self) -> nn.Embedding: return self.item
 
     def answer(self, w: Window) -> Tensor:
         item, gap, before = self.item(w.item), self.gap(w.gap), items_before(w)

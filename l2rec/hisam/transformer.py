@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEMORIES', 'ANCHORS', 'STARTS', 'learned_table', 'ItemTokens', 'IdTokens', 'CodeTokens', 'FeatureTokens',
-           'last_token_attention', 'Block', 'forgetful', 'Window', 'as_window', 'WindowModel', 'items_before', 'at',
-           'ItemTransformer', 'ItemSide', 'HiSAM', 'SemanticTransformer', 'FeatureTransformer', 'IdTransformer']
+           'last_token_attention', 'Block', 'forgetful', 'Window', 'as_window', 'WindowModel', 'begun', 'items_before',
+           'at', 'ItemTransformer', 'ItemSide', 'HiSAM', 'SemanticTransformer', 'FeatureTransformer', 'IdTransformer']
 
 # %% ../../nbs/hisam/10_transformer.ipynb #c02
 from dataclasses import dataclass, replace
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
+from ..baselines.factors import begin_items
 from ..data.batches import ClickBatch, padded
 from ..data.splits import Split
 from .attention import hierarchical_attention
@@ -203,6 +204,10 @@ class WindowModel(Click):
         if not 0 <= forget <= 1: raise ValueError(f"forget={forget}: a share, from 0 to 1")
         self.max_length, self.forget = max_length, forget
 
+    @property
+    def item_vectors(self) -> nn.Embedding | None:
+        "The learned vector of each item, [I, D]; None in a model that reads none."
+
     def window(self, batch: Histories | ClickBatch) -> Window:
         "The batch as rectangles. Raises `ValueError` for windows of more than max_length + 1 items."
         if not isinstance(batch, Histories): batch = as_histories(batch, self.max_length)
@@ -219,6 +224,14 @@ class WindowModel(Click):
         "Logits, Float[Q], of the questions of the batch."
         w = self.window(batch)
         return self.answer(w)[w.asked]
+
+
+def begun(model: WindowModel, split: Split, start: str) -> WindowModel:
+    "The model, its vectors of items begun as `begin_items` says. Raises `ValueError` for a model without such vectors."
+    if start == "random": return model
+    if model.item_vectors is None: raise ValueError(f"item_start={start!r}: {type(model).__name__} has no vector for each item" + ("; give item_id=True" if hasattr(model, "item_id") else ""))
+    begin_items(model.item_vectors.weight, split, start)
+    return model
 
 
 def items_before(w: Window) -> Tensor:
@@ -292,6 +305,9 @@ class ItemTransformer(ItemTransformer):
         "Float[B, T, 1, D], added to all tokens of an item."
         row = self.feedback.weight[2] if feedback is None else self.feedback(feedback.long())
         return (row + self.gap(gap)).unsqueeze(-2)
+
+    @property
+    def item_vectors(self) -> nn.Embedding | None: return self.tokens.table if isinstance(self.tokens, IdTokens) else self.item_id
 
     def turns(self, n: int, device, start: int = 0) -> Tensor | None:
         "Turn of each token of items start … start+n-1, Complex[n, P, 1, d/2]; None without positions."
@@ -396,8 +412,10 @@ class HiSAM(ItemTransformer):
     @classmethod
     def from_split(cls, split: Split, items: ItemSide, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, memory: str = "anchor",
                    positions: str = "hierarchical", anchor: str = "last", anchors_see_anchors: bool = True, anchor_start: str = "learned", item_id: bool = False,
-                   similar_start: bool = False, max_length: int = 100, forget: float = 0.) -> "HiSAM":
-        return cls(items.codes(split, width, cls.__name__), width, layers, heads, dropout, memory, positions, anchor, anchors_see_anchors, anchor_start, item_id, similar_start, max_length, forget)
+                   similar_start: bool = False, max_length: int = 100, forget: float = 0.,
+                   item_start: str = "random", # how the vectors of `item_id` begin, see `begin_items`
+                   ) -> "HiSAM":
+        return begun(cls(items.codes(split, width, cls.__name__), width, layers, heads, dropout, memory, positions, anchor, anchors_see_anchors, anchor_start, item_id, similar_start, max_length, forget), split, item_start)
 
 
 class SemanticTransformer(ItemTransformer):
@@ -426,5 +444,6 @@ class IdTransformer(ItemTransformer):
     tokenizer = None
 
     @classmethod
-    def from_split(cls, split: Split, items: ItemSide | None = None, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, similar_start: bool = False, max_length: int = 100, forget: float = 0.) -> "IdTransformer":
-        return cls(IdTokens(split.n_items, width), width, layers, heads, dropout, "all", "flat", "none", similar_start=similar_start, max_length=max_length, forget=forget)
+    def from_split(cls, split: Split, items: ItemSide | None = None, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, similar_start: bool = False, max_length: int = 100, forget: float = 0.,
+                   item_start: str = "random") -> "IdTransformer":
+        return begun(cls(IdTokens(split.n_items, width), width, layers, heads, dropout, "all", "flat", "none", similar_start=similar_start, max_length=max_length, forget=forget), split, item_start)

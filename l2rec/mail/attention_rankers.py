@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, leaky_relu, pad
 
+from ..baselines.factors import begin_items
 from ..data.batches import ClickBatch
 from ..data.splits import Split
 from .features import Features
@@ -57,8 +58,11 @@ class DIN(Ranker):
                    hidden: tuple[int, ...] = (512, 256),
                    units: int = 36,       # of the activation unit
                    softmax: bool = False, # normalise the weights
+                   item_start: str = "random", # how the vectors of items begin, see `begin_items`
                    ) -> "DIN":
-        return cls(features, width, slots, liked_only, dropout, hidden, units, softmax)
+        made = cls(features, width, slots, liked_only, dropout, hidden, units, softmax)
+        begin_items(made.embeddings.item.weight, split, item_start)
+        return made
 
     def weights(self, e: Embedded) -> Tensor:
         "Weight of each behaviour, [B, L]; zero where there is none."
