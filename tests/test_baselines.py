@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from l2rec.baselines.ease import EASE, ease_weights
+from l2rec.baselines.factors import begin_items, factorise, solve_rows
 from l2rec.baselines.item_knn import ItemKNN, LastItemKNN, cosine_counts, interaction_matrix
 from l2rec.baselines.popularity import Popularity
 from l2rec.data.batches import Targets
@@ -179,3 +180,51 @@ def test_floors_on_real_data(name):
     np.testing.assert_allclose(ours, OURS[name], atol=2e-5)
     np.testing.assert_allclose(expected[1:], PUBLISHED[name][1:], atol=5e-4)       # both kNN
     assert abs(optimistic[0] - PUBLISHED[name][0]) < 5e-4                          # popularity, which has the most ties
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 10_000])
+def test_rows_are_ridge_regressions(at_once):
+    rng = np.random.default_rng(0)
+    group, other, value, vectors = rng.integers(0, 9, 60), rng.integers(0, 12, 60), rng.normal(size=60), rng.normal(size=(12, 4))
+    group[group == 5] = 4                                                                     # a row without answers
+    found = solve_rows(group, other, value, 10, vectors, .7, at_once)
+    for row in range(10):
+        q, r = vectors[other[group == row]], value[group == row]
+        assert np.allclose(found[row], np.linalg.inv(q.T @ q + .7 * np.eye(4)) @ (q.T @ r))
+    assert not found[5].any() and not found[9].any()
+
+
+def test_a_factorisation_is_at_rest_on_the_side_solved_last():
+    rng = np.random.default_rng(1)
+    user, item, value = rng.integers(0, 20, 300), rng.integers(0, 15, 300), rng.normal(3, 1, 300)
+    f = factorise(user, item, value, 20, 15, width=3, penalty=2., rounds=5)
+    left = value - f.mean - f.user_bias[user] - f.item_bias[item] - (f.user[user] * f.item[item]).sum(1)
+    assert np.allclose(left, value - f.predict(user, item))
+    slope = np.zeros_like(f.item)                                                             # of half the squared error plus the penalty
+    np.add.at(slope, item, -left[:, None] * f.user[user])
+    assert np.allclose(slope + 2. * f.item, 0, atol=1e-10)
+    again = factorise(user, item, value, 20, 15, width=3, penalty=2., rounds=5)
+    assert np.array_equal(f.item, again.item) and not np.array_equal(f.item, factorise(user, item, value, 20, 15, width=3, penalty=2., rounds=5, seed=1).item)
+
+
+def test_items_begin_with_training_ratings_alone(split):
+    drawn = torch.randn(split.n_items, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    begun, other, untouched = drawn.clone(), drawn.clone(), drawn.clone()
+    begin_items(begun, split, width=3, penalty=.5)
+    begin_items(untouched, split, "random")
+    assert torch.equal(untouched, drawn) and torch.equal(begun[:, 4:], drawn[:, 4:]) and not torch.isclose(begun[:, :4], drawn[:, :4]).any()
+    assert begun[:, :4].std(correction=0).item() == pytest.approx(.05) and torch.allclose(begun[:, :4].mean(0), torch.zeros(4, dtype=torch.float64), atol=1e-12)
+    where, user = np.arange(len(split.items)), np.repeat(np.arange(split.n_users), np.diff(split.offsets))
+    hidden = (where >= split.train_end[user]) | ~split.train_user[user]
+    begin_items(other, replace(split, rating=np.where(hidden, 6 - split.rating, split.rating)), width=3, penalty=.5)
+    assert hidden.any() and torch.equal(begun, other)
+
+
+@pytest.mark.parametrize("wrong, message", [(dict(start="factor"), "item_start='factor'"), (dict(table=torch.zeros(3, 6)), "a row for each item"), (dict(table=torch.zeros(15, 1)), "at least 2 columns"),
+                                            (dict(width=0), "width=0"), (dict(penalty=0.), "penalty=0.0")])
+def test_items_that_cannot_begin(split, wrong, message):
+    with pytest.raises(ValueError, match=message): begin_items(**{**dict(table=torch.zeros(split.n_items, 6), split=split), **wrong})
+
+
+def test_items_cannot_begin_without_ratings(split):
+    with pytest.raises(ValueError, match="a rating at every interaction"): begin_items(torch.zeros(split.n_items, 6), replace(split, rating=None))

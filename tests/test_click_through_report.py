@@ -10,6 +10,7 @@ import nbformat
 import numpy as np
 import polars as pl
 import pytest
+from scipy import stats
 
 from l2rec.reporting import claims, click_through, tables
 from l2rec.training.records import read_record, record_path, write_record
@@ -103,7 +104,7 @@ def test_pairs_are_joined_by_seed_and_user(runs, gains):
             total[u] = total.get(u, 0) + (x - y if cold else 0) / SEEDS
             if cold: users.add(u)
     error = np.sqrt(sum(v ** 2 for v in total.values()))
-    assert found['users'] == len(users) and found['users_high'] - found['mean'] == pytest.approx(click_through.stats.t.ppf(.975, len(total) - 1) * error, rel=1e-5)
+    assert found['users'] == len(users) and found['users_high'] - found['mean'] == pytest.approx(stats.t.ppf(.975, len(total) - 1) * error, rel=1e-5)
 
 def test_cold_minus_warm_is_the_difference_of_both_gains(runs, gains):
     found = click_through.cold_minus_warm(runs, FILMS, 'din', 'gauc')
@@ -318,8 +319,15 @@ def test_floors_stand_last_and_are_neither_tuned_nor_timed(own):
     (equal,) = click_through.beats('both-rates', 'item-rate')(found)
     assert equal.value == 0.
 
+def test_items_begun_with_factors_against_a_random_start(runs):
+    table = click_through.factors_table(runs)
+    assert {cells[:2] for cells in table.rows} == {(d, 'Hi-SAM, item id added') for d in runs.datasets()}
+    for dataset in runs.datasets():
+        mean = {m: click_through.mean_of(runs, dataset, m, 'test/auc')[0] for m in ('hi-sam+item-id', 'hi-sam+item-id-factors')}
+        assert row(table.long, dataset=dataset, model='hi-sam+item-id-factors', metric='factors-minus/streaming/auc')['mean'] == pytest.approx(mean['hi-sam+item-id-factors'] - mean['hi-sam+item-id'])
+
 def test_forgetful_training_against_itself_without(own, runs):
-    with pytest.raises(ValueError, match='no run of click_through is one with forgetful training'): click_through.forget_table(click_through.within(runs, ['hi-sam', 'din']))
+    with pytest.raises(ValueError, match='no run of click_through is one of'): click_through.forget_table(click_through.within(runs, ['hi-sam', 'din']))
     for seed in range(SEEDS):
         for better, model in (('hi-sam', 'din'), ('semantic-mlp', 'hstu')):       # as if forgetting made DIN a Hi-SAM
             shutil.copytree(record_path(own, 'demo', 'click_through', FILMS, better, '', seed), record_path(own, 'demo', 'click_through', FILMS, model, 'forget', seed))
@@ -328,12 +336,12 @@ def test_forgetful_training_against_itself_without(own, runs):
     table = click_through.forget_table(found)
     assert [r[1] for r in table.rows] == ['DIN', 'HSTU-like'] and [h[0] for h in table.columns[3:]] == ['answers streaming'] * 3 + ['answers frozen'] * 3
     for way, part in (('streaming', 'test'), ('frozen', 'test_frozen')):
-        for column in click_through.FORGET_SHOWN:
+        for column in click_through.CHANGED_SHOWN:
             for better, model in (('hi-sam', 'din'), ('semantic-mlp', 'hstu')):
                 mean = lambda m: np.mean([runs.records[FILMS, m, s].metrics[f'{part}/{column}'] for s in range(SEEDS)])
                 assert row(table.long, model=f'{model}+forget', metric=f'forget-minus/{way}/{column}')['mean'] == pytest.approx(mean(better) - mean(model))
                 assert row(table.long, model=f'{model}+forget', metric=f'test/{way}/{column}')['mean'] == pytest.approx(mean(better))
-    said = click_through.describe_forget(table)
+    said = click_through.describe_changed(table)
     gains = [row(table.long, model=f'{m}+forget', metric='forget-minus/frozen/gauc') for m in ('din', 'hstu')]
     low, high = (choose(g['mean'] for g in gains) for choose in (min, max))
     up, down = sum(g['ci_low'] > 0 for g in gains), sum(g['ci_high'] < 0 for g in gains)
@@ -515,5 +523,5 @@ def test_the_report_of_two_models_with_one_seed_and_no_further_files(own):
             shutil.rmtree(path / 'seed-1')
             rewritten(path / 'seed-0', lambda m: {k: v for k, v in m.items() if k.startswith('test/')})
     text = report(own)
-    assert text.count('Not drawn') == 16 and 'By AUC it is above DIN' in text and "no run record of the experiment 'attention_efficiency'" in text and 'over users only where there is one seed' in text
+    assert text.count('Not drawn') == 17 and 'By AUC it is above DIN' in text and "no run record of the experiment 'attention_efficiency'" in text and 'over users only where there is one seed' in text
     assert {p.name for p in (own / 'demo').glob('*/*') if p.is_file()} == {f'click-through.{s}' for s in ('csv', 'md', 'tex')} | {f'click-through-auc.{s}' for s in ('csv', 'png', 'pdf')}

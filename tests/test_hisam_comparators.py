@@ -232,3 +232,18 @@ def test_forgetful_training(split, cls, monkeypatch):
         torch.testing.assert_close(shorter[q], model(alone)[0])
     for wrong in (-.1, 1.1):
         with pytest.raises(ValueError, match="a share, from 0 to 1"): made(split, cls, forget=wrong, **side)
+
+
+@pytest.mark.parametrize("cls, more", [(IdTransformer, {}), (HSTUClicks, {}), (HiSAM, dict(item_id=True))])
+def test_items_that_begin_with_factors_change_the_vectors_of_items_alone(split, cls, more):
+    drawn, begun = (build(cls, split, 3, items=ItemSide(ids(split)), width=16, max_length=6, item_start=start, **more) for start in ("random", "factors"))
+    changed = [name for (name, a), b in zip(drawn.named_parameters(), begun.parameters()) if not torch.equal(a, b)]
+    assert changed == [name for name, p in begun.named_parameters() if p is begun.item_vectors.weight] and len(changed) == 1
+    begun.loss(HistoryWindows(split, "train", max_length=6)[np.arange(5)])[0].backward()
+    assert begun.item_vectors.weight.grad.any()
+
+
+def test_a_model_without_vectors_of_items_has_none_to_begin(split):
+    assert build(HiSAM, split, 0, items=ItemSide(ids(split)), width=16).item_vectors is None
+    with pytest.raises(ValueError, match="HiSAM has no vector for each item; give item_id=True"): build(HiSAM, split, 0, items=ItemSide(ids(split)), width=16, item_start="factors")
+    with pytest.raises(ValueError, match="item_start='factor': one of random, factors"): build(HSTUClicks, split, 0, width=16, item_start="factor")

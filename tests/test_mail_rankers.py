@@ -479,3 +479,9 @@ def test_order_matters_to_dmr_alone(world):
             e = ranker.embed(mixed(split, features))
             turned = replace(e, behaviour=e.behaviour.flip(1), present=e.present.flip(1))
             assert torch.allclose(ranker.score(e), ranker.score(turned), atol=1e-10) == (cls is not DMR)
+
+
+def test_din_may_begin_with_factors_of_the_training_ratings(world):
+    _, split, features = world
+    drawn, begun = (build(DIN, split, 3, features=features, item_start=start, **SMALL) for start in ("random", "factors"))
+    assert [name for (name, a), b in zip(drawn.named_parameters(), begun.parameters()) if not torch.equal(a, b)] == ["embeddings.item.weight"]

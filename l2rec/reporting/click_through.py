@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HISAM', 'MODELS', 'RIVALS', 'FLOORS', 'PARTS', 'SIZES', 'EXAMPLE_SKILL', 'EXAMPLE_LOSS', 'EXAMPLE_TITLES',
-           'EXAMPLE_LEVELS', 'MEASURES', 'GROUPS', 'METRICS', 'NEEDED', 'SHOWN', 'STREAMING', 'FROZEN', 'FORGET_SHOWN',
+           'EXAMPLE_LEVELS', 'MEASURES', 'GROUPS', 'METRICS', 'NEEDED', 'SHOWN', 'STREAMING', 'FROZEN', 'CHANGED_SHOWN',
            'ALSO', 'ABLATION_SHOWN', 'TOKENIZERS', 'COLLAPSE', 'COLLIDE', 'TERMS', 'TRAINED', 'EXPECTED', 'AXES',
            'UNITS', 'MARGIN', 'LATENCY', 'HISAM_CLAIMS', 'split_name', 'size_of', 'click_order', 'name_of',
            'example_clicks', 'example_tokenizer', 'example_attention', 'example_efficiency', 'example_click_records',
@@ -12,11 +12,11 @@ __all__ = ['HISAM', 'MODELS', 'RIVALS', 'FLOORS', 'PARTS', 'SIZES', 'EXAMPLE_SKI
            'ablations', 'beside', 'untuned', 'parameter', 'shortened_share', 'shortened_text', 'given_notes',
            'group_notes', 'comparison_rows', 'comparison', 'click_through_table', 'cold_minus_warm', 'with_interval',
            'doubtful', 'said_of', 'cold_questions', 'given_text', 'describe_click_through', 'frozen_runs',
-           'describe_frozen', 'forget_table', 'describe_forget', 'gains_figure', 'shortened_runs', 'ablation_table',
-           'describe_ablation', 'mean_of', 'level_names', 'level_order', 'own_size', 'level_parts', 'level_notes',
-           'size_rows', 'on_datasets', 'sizes_table', 'describe_sizes', 'tokenizer_name', 'tokenizer_runs',
-           'source_notes', 'described', 'spread_cell', 'tokenizer_table', 'twin_share', 'twin_note', 'last_terms',
-           'describe_tokenizer', 'level_styles', 'code_use', 'codebooks_figure', 'describe_codebooks',
+           'describe_frozen', 'changed_table', 'forget_table', 'factors_table', 'describe_changed', 'gains_figure',
+           'shortened_runs', 'ablation_table', 'describe_ablation', 'mean_of', 'level_names', 'level_order', 'own_size',
+           'level_parts', 'level_notes', 'size_rows', 'on_datasets', 'sizes_table', 'describe_sizes', 'tokenizer_name',
+           'tokenizer_runs', 'source_notes', 'described', 'spread_cell', 'tokenizer_table', 'twin_share', 'twin_note',
+           'last_terms', 'describe_tokenizer', 'level_styles', 'code_use', 'codebooks_figure', 'describe_codebooks',
            'tokenizer_training', 'tokenizer_training_figure', 'describe_training', 'disentanglement',
            'disentanglement_table', 'describe_disentanglement', 'shortened_title', 'neighbours_table',
            'anchor_attention', 'attention_figure', 'describe_attention', 'cost_table', 'describe_cost',
@@ -51,7 +51,7 @@ RIVALS = tuple(m for m in MODELS if m != HISAM)
 FLOORS = {'both-rates': 'both rates', 'item-rate': 'like rate of the item', 'answer-rate': 'like rate of the answers so far'}   # counted, not trained
 MODELS |= FLOORS
 PARTS = {'rq-vae': 'flat RQ-VAE ids', 'rq-kmeans': 'flat RQ-k-means ids', 'no-alignment': 'no alignment', 'no-mi': 'no MI term', 'shared-only': 'shared levels only', 'specific-only': 'specific levels only',
-         'flat-rope': 'one-dimensional RoPE', 'no-rope': 'no RoPE', 'no-anchors': 'no anchors (all tokens)', 'blind-anchors': 'anchors see no anchors', 'anchor-first': 'anchor first', 'item-id': 'item id added', 'item-id-similar-start': 'item id and similar start', 'forget': 'forgetful training'}
+         'flat-rope': 'one-dimensional RoPE', 'no-rope': 'no RoPE', 'no-anchors': 'no anchors (all tokens)', 'blind-anchors': 'anchors see no anchors', 'anchor-first': 'anchor first', 'item-id': 'item id added', 'item-id-similar-start': 'item id and similar start', 'item-id-factors': 'item id, begun with factors', 'forget': 'forgetful training'}
 SIZES = {'levels': 'levels', 'codes': 'codes a level', 'history': 'items of history'}
 
 def split_name(model: str) -> tuple[str, str]:
@@ -83,7 +83,7 @@ def name_of(model: str) -> str:
 EXAMPLE_SKILL = {HISAM: (.9, .75, .7), 'id-transformer': (.75, .4, .1), 'din': (.72, .35, .1), 'semantic-transformer': (.8, .55, .5), 'feature-transformer': (.75, .55, .55), 'hstu': (.76, .4, .1),
                  'semantic-mlp': (.55, .45, .45)}   # a warm user's taste, a cold user's taste, a cold item's content
 EXAMPLE_LOSS = {'rq-vae': .1, 'rq-kmeans': .12, 'no-alignment': .05, 'no-mi': .02, 'shared-only': .2, 'specific-only': .15, 'flat-rope': .03, 'no-rope': .06, 'no-anchors': 0., 'blind-anchors': .04, 'anchor-first': .25,
-                'item-id': -.02, 'item-id-similar-start': -.03, 'forget': 0., 'levels-2': .1, 'levels-6': .01, 'codes-64': .06, 'codes-512': .01, 'history-25': .1, 'history-50': .04, 'history-200': 0.}   # what a variant of Hi-SAM loses of each skill
+                'item-id': -.02, 'item-id-similar-start': -.03, 'item-id-factors': -.05, 'forget': 0., 'levels-2': .1, 'levels-6': .01, 'codes-64': .06, 'codes-512': .01, 'history-25': .1, 'history-50': .04, 'history-200': 0.}   # what a variant of Hi-SAM loses of each skill
 
 def example_clicks(
     model: str, seed: int,
@@ -498,40 +498,55 @@ def describe_frozen(
     return '\n'.join(lines)
 
 # %% ../../nbs/reporting/04_click_through.ipynb #84077898
-FORGET_SHOWN = ('auc', 'gauc', 'cold/auc')
+CHANGED_SHOWN = ('auc', 'gauc', 'cold/auc')
 
-def forget_table(runs: Runs, name: str = 'click-through-forget') -> Table:
-    "Every model with forgetful training, and what it has more than without; streaming and frozen. ValueError when there is none."
-    models = [m for m in click_order(runs.metrics['model'].unique()) if split_name(m)[1] == 'forget']
-    still = frozen_runs(runs)
-    if not models or not still: raise ValueError(f'no run of {runs.experiment} is one with forgetful training (such as {HISAM}+forget), asked with frozen histories too')
+def changed_table(
+    runs: Runs,
+    others: dict[str, str], # changed model -> the model to subtract
+    short: str,             # the CSV's metrics are `<short>-minus/...`
+    name: str,
+    caption: str,           # what was changed
+) -> Table:
+    "Every changed model, and what it has more than without the change; streaming and frozen. ValueError when the records hold none of `others`."
+    models, still = [m for m in click_order(runs.metrics['model'].unique()) if m in others], frozen_runs(runs)
+    if not models or not still: raise ValueError(f'no run of {runs.experiment} is one of {listed(others)}, asked with frozen histories too')
     ways, parts, cells = (('streaming', runs), ('frozen', still)), [], {}
     for (way, r), dataset in ((w, d) for w in ways for d in runs.datasets()):
-        for column in FORGET_SHOWN:
-            levels, gains = (pl.concat([pl.DataFrame(schema=PAIRED), *(paired(r, dataset, m, o, [column]) for m, o in pairs_)]) for pairs_ in ([(m, None) for m in models], [(m, split_name(m)[0]) for m in models]))
+        for column in CHANGED_SHOWN:
+            levels, gains = (pl.concat([pl.DataFrame(schema=PAIRED), *(paired(r, dataset, m, o, [column]) for m, o in pairs_)]) for pairs_ in ([(m, None) for m in models], [(m, others[m]) for m in models]))
             gains = gains.with_columns(p_holm=pl.Series(holm(gains['p']), dtype=pl.Float64))
             levels, gains = (t.with_columns(metric=pl.lit(f'{way}/{column}')) for t in (levels, gains))
-            parts += [long_rows(levels, 'test'), long_rows(gains, 'forget-minus')]
+            parts += [long_rows(levels, 'test'), long_rows(gains, f'{short}-minus')]
             best = levels['mean'].max() if levels.height > 1 else None
             more = {g['model']: g for g in gains.iter_rows(named=True)}
             cells |= {(dataset, l['model'], way, column): (l['n_seeds'], gain_cell(l, more.get(l['model']), l['mean'] == best)) for l in levels.iter_rows(named=True)}
     rows = []
     for dataset, model in ((d, m) for d in runs.datasets() for m in models):
-        own = [cells.get((dataset, model, way, column)) for way, _ in ways for column in FORGET_SHOWN]
-        if any(own): rows.append((dataset, MODELS.get(split_name(model)[0], model), str(max(c[0] for c in own if c)), *(c[1] if c else '–' for c in own)))
-    heads = (('', 'dataset'), ('', 'model'), ('', 'seeds'), *((f'answers {way}', f"{GROUPS[c.rpartition('/')[0]]} {MEASURES[c.rpartition('/')[2]]}") for way, _ in ways for c in FORGET_SHOWN))
-    caption = ('Models trained with a share of their questions behind shortened histories. Mean ± sample standard deviation over seeds; below, this model minus itself without forgetting on the same questions and common seeds with its 95 % interval over users and seeds (over users only where there is one seed). '
+        own = [cells.get((dataset, model, way, column)) for way, _ in ways for column in CHANGED_SHOWN]
+        if any(own): rows.append((dataset, MODELS.get(split_name(others[model])[0], others[model]) + (', ' + PARTS[split_name(others[model])[1]] if split_name(others[model])[1] else ''), str(max(c[0] for c in own if c)), *(c[1] if c else '–' for c in own)))
+    heads = (('', 'dataset'), ('', 'model'), ('', 'seeds'), *((f'answers {way}', f"{GROUPS[c.rpartition('/')[0]]} {MEASURES[c.rpartition('/')[2]]}") for way, _ in ways for c in CHANGED_SHOWN))
+    caption += (' Mean ± sample standard deviation over seeds; below, this model minus itself without the change on the same questions and common seeds with its 95 % interval over users and seeds (over users only where there is one seed). '
                '†: not distinguishable (Holm-corrected within dataset and column, p ≥ .05). Settings are those of the model without, with no search of their own. Bold: best of its data set.')
     return Table(name, pl.concat(parts), heads, tuple(rows), caption)
 
-def describe_forget(table: Table) -> str:
-    "Markdown: for each dataset what forgetting does to the AUC, streaming and frozen."
+def forget_table(runs: Runs, name: str = 'click-through-forget') -> Table:
+    "Every model with forgetful training, and what it has more than without. ValueError when there is none."
+    return changed_table(runs, {f'{m}+forget': m for m in MODELS}, 'forget', name, 'Models trained with a share of their questions behind shortened histories.')
+
+def factors_table(runs: Runs, name: str = 'click-through-factors') -> Table:
+    "Every model whose vectors of items begin with factors, and what it has more than with a random start. ValueError when there is none."
+    others = {f'{m}+factors': m for m in MODELS} | {f'{HISAM}+item-id-factors': f'{HISAM}+item-id'}
+    return changed_table(runs, others, 'factors', name, "Models whose vectors of items begin with the item side of a factorisation of the training ratings; the transformers' attention begins as similarity besides.")
+
+def describe_changed(table: Table) -> str:
+    "Markdown: for each dataset what the change does to AUC and GAUC, streaming and frozen."
+    short = next(m.partition('-minus')[0] for m in table.long['metric'] if '-minus/' in m)
     lines = []
     for (dataset,), here in table.long.group_by('dataset', maintain_order=True):
         said = []
         for way in ('streaming', 'frozen'):
             for column in ('auc', 'gauc'):
-                rows = here.filter(metric=f'forget-minus/{way}/{column}')
+                rows = here.filter(metric=f'{short}-minus/{way}/{column}')
                 up, down = rows.filter(pl.col('ci_low') > 0).height, rows.filter(pl.col('ci_high') < 0).height
                 said.append(f"{way} {MEASURES[column]} from {signed(rows['mean'].min())} to {signed(rows['mean'].max())} (interval above zero for {up} of {rows.height} models, below for {down})")
         lines.append(f"- **{dataset}**: {'; '.join(said)}.")
@@ -1321,6 +1336,11 @@ HISAM_CLAIMS = (
     *(Claim(f'hi-sam-over-{m}-gauc-frozen', _PAPER, f'With every history frozen before the test, Hi-SAM has a higher GAUC than {_the(m)}.', 'P', 'click_through', frozen(beats(HISAM, m, 'gauc'))) for m in (*RIVALS, 'item-rate')),
     *(Claim(f'hi-sam-with-id-over-{m}{"-gauc" * (metric == "gauc")}', 'this compendium', f'Hi-SAM with an item id added and attention that begins as similarity has a higher {MEASURES[metric]} than {_the(m)}' + (' with the same start.' if start else '.'), 'P', 'click_through',
             beats(f'{HISAM}+item-id-similar-start', m + start, metric)) for m in RIVALS for start in ['+similar-start' * (m == 'id-transformer')] for metric in ('auc', 'gauc')),
+    *(Claim(f'hi-sam-with-factors-over-{m}{"-gauc" * (metric == "gauc")}{"-frozen" * still}', 'this compendium', f'Hi-SAM with an item id has a higher {MEASURES[metric]} than {_the(m)}, when the vectors of items of both begin with factors of the training ratings' + (', with every history frozen before the test.' if still else '.'), 'P',
+            'click_through', (frozen if still else lambda measure: measure)(beats(f'{HISAM}+item-id-factors', f'{m}+factors', metric))) for m in ('id-transformer', 'hstu', 'din') for still in (False, True) for metric in ('auc', 'gauc')),
+    *(Claim(f'factors-{m.partition("+")[0]}{"-gauc-frozen" * (metric == "gauc")}', 'this compendium', f'Vectors of items that begin with factors raise the {MEASURES[metric]} of {said}' + (' with every history frozen before the test.' if metric == 'gauc' else '.'), 'P', 'click_through',
+            (frozen if metric == 'gauc' else lambda measure: measure)(beats(f'{m}-factors' if '+' in m else f'{m}+factors', m, metric)))
+      for m, said in ((f'{HISAM}+item-id', 'Hi-SAM with an item id'), *((m, _the(m)) for m in ('id-transformer', 'hstu', 'din'))) for metric in ('auc', 'gauc')),
     Claim('similar-start', 'this compendium', 'Attention that begins as similarity raises the AUC of the id Transformer.', 'P', 'click_through', beats('id-transformer+similar-start', 'id-transformer')),
     *(Claim(f'forget-{m}-{metric}-frozen', 'this compendium', f'Forgetful training raises the {MEASURES[metric]} of {_the(m)} with every history frozen before the test.', 'P', 'click_through', frozen(beats(f'{m}+forget', m, metric))) for m in (HISAM, 'id-transformer', 'hstu') for metric in ('auc', 'gauc')),
     Claim('forget-costs-nothing', 'this compendium', f'And where answers accumulate it costs Hi-SAM no accuracy: AUC not lower by more than {MARGIN}.', 'P', 'click_through', beats(f'{HISAM}+forget', HISAM), -MARGIN),
