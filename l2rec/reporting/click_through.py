@@ -83,7 +83,7 @@ def name_of(model: str) -> str:
 EXAMPLE_SKILL = {HISAM: (.9, .75, .7), 'id-transformer': (.75, .4, .1), 'din': (.72, .35, .1), 'semantic-transformer': (.8, .55, .5), 'feature-transformer': (.75, .55, .55), 'hstu': (.76, .4, .1),
                  'semantic-mlp': (.55, .45, .45)}   # a warm user's taste, a cold user's taste, a cold item's content
 EXAMPLE_LOSS = {'rq-vae': .1, 'rq-kmeans': .12, 'no-alignment': .05, 'no-mi': .02, 'shared-only': .2, 'specific-only': .15, 'flat-rope': .03, 'no-rope': .06, 'no-anchors': 0., 'blind-anchors': .04, 'anchor-first': .25,
-                'item-id': -.02, 'item-id-similar-start': -.03, 'item-id-factors': -.05, 'forget': 0., 'levels-2': .1, 'levels-6': .01, 'codes-64': .06, 'codes-512': .01, 'history-25': .1, 'history-50': .04, 'history-200': 0.}   # what a variant of Hi-SAM loses of each skill
+                'item-id': -.02, 'item-id-similar-start': -.03, 'item-id-factors': -.2, 'forget': 0., 'levels-2': .1, 'levels-6': .01, 'codes-64': .06, 'codes-512': .01, 'history-25': .1, 'history-50': .04, 'history-200': 0.}   # what a variant of Hi-SAM loses of each skill
 
 def example_clicks(
     model: str, seed: int,
