@@ -10,7 +10,7 @@ from torch.nn.functional import gelu, layer_norm, silu
 from l2rec.data.batches import ClickData
 from l2rec.data.dataset import DataError
 from l2rec.data.splits import leave_last_fraction
-from l2rec.hisam.comparators import AnswerRate, BothRates, HSTUClicks, ItemRate, SemanticMLP, ngram_pieces, unigram_pieces
+from l2rec.hisam.comparators import AnswerRate, BothRates, FoldedFactors, HSTUClicks, ItemRate, SemanticMLP, ngram_pieces, unigram_pieces
 from l2rec.hisam.histories import Histories, HistoryData, HistoryModule, HistoryWindows, as_histories
 from l2rec.hisam.tokenizer import SemanticIds
 from l2rec.hisam.transformer import FeatureTransformer, HiSAM, IdTransformer, ItemSide, SemanticTransformer, forgetful
@@ -247,3 +247,25 @@ def test_a_model_without_vectors_of_items_has_none_to_begin(split):
     assert build(HiSAM, split, 0, items=ItemSide(ids(split)), width=16).item_vectors is None
     with pytest.raises(ValueError, match="HiSAM has no vector for each item; give item_id=True"): build(HiSAM, split, 0, items=ItemSide(ids(split)), width=16, item_start="factors")
     with pytest.raises(ValueError, match="item_start='factor': one of random, factors"): build(HSTUClicks, split, 0, width=16, item_start="factor")
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_folded_factors_are_a_ridge_regression_for_each_question(split, frozen):
+    model = build(FoldedFactors, split, 0, width=3, penalty=.4, answers=2., max_length=6).double()
+    batch = HistoryWindows(split, "test", max_length=6, frozen=frozen)[np.arange(7)]
+    q, bias, found = model.item.numpy(), model.bias.numpy(), []
+    for at, row, seen in zip(batch.asked.tolist(), batch.row.tolist(), batch.seen.tolist() if frozen else [None] * len(batch)):
+        first = int(batch.offsets[row])
+        history = range(first, at if seen is None else first + seen)
+        items = [int(batch.item[j]) for j in history]
+        square, product = np.diag([.4, .4, .4, 2.]), np.zeros(4)
+        for j, i in zip(history, items):
+            square, product = square + np.outer(q[i], q[i]), product + q[i] * (float(batch.feedback[j]) - model.mean - bias[i])
+        i = int(batch.item[at])
+        found.append(np.clip(model.mean + bias[i] + np.linalg.solve(square, product) @ q[i], .01, .99))
+    assert np.allclose(model(batch).sigmoid().numpy(), found, atol=1e-8)
+
+
+def test_folded_factors_refuse_what_is_no_penalty(split):
+    with pytest.raises(ValueError, match="penalty=0"): build(FoldedFactors, split, 0, width=3, penalty=0)
+    with pytest.raises(ValueError, match="answers=0"): build(FoldedFactors, split, 0, width=3, penalty=1., answers=0)

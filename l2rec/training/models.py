@@ -33,6 +33,7 @@ MODELS = {
     "item-rate":            "l2rec.hisam.comparators:ItemRate",
     "answer-rate":          "l2rec.hisam.comparators:AnswerRate",
     "both-rates":           "l2rec.hisam.comparators:BothRates",
+    "folded-factors":       "l2rec.hisam.comparators:FoldedFactors",
     "l2rec":                "l2rec.dual_view.model:L2Rec",
     "lora":                 "l2rec.dual_view.comparators:TwoViewLoRA",
     "unisrec":              "l2rec.dual_view.comparators:UniSRecLike",
