@@ -327,7 +327,7 @@ def test_items_begun_with_factors_against_a_random_start(runs):
         assert row(table.long, dataset=dataset, model='hi-sam+item-id-factors', metric='factors-minus/streaming/auc')['mean'] == pytest.approx(mean['hi-sam+item-id-factors'] - mean['hi-sam+item-id'])
 
 def test_forgetful_training_against_itself_without(own, runs):
-    with pytest.raises(ValueError, match='no run of click_through is one of'): click_through.forget_table(click_through.within(runs, ['hi-sam', 'din']))
+    with pytest.raises(ValueError, match='no run of click_through is one with forgetful training'): click_through.forget_table(click_through.within(runs, ['hi-sam', 'din']))
     for seed in range(SEEDS):
         for better, model in (('hi-sam', 'din'), ('semantic-mlp', 'hstu')):       # as if forgetting made DIN a Hi-SAM
             shutil.copytree(record_path(own, 'demo', 'click_through', FILMS, better, '', seed), record_path(own, 'demo', 'click_through', FILMS, model, 'forget', seed))

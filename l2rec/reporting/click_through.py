@@ -505,11 +505,12 @@ def changed_table(
     others: dict[str, str], # changed model -> the model to subtract
     short: str,             # the CSV's metrics are `<short>-minus/...`
     name: str,
+    what: str,              # of such a run, for the message: `no run is one ...`
     caption: str,           # what was changed
 ) -> Table:
     "Every changed model, and what it has more than without the change; streaming and frozen. ValueError when the records hold none of `others`."
     models, still = [m for m in click_order(runs.metrics['model'].unique()) if m in others], frozen_runs(runs)
-    if not models or not still: raise ValueError(f'no run of {runs.experiment} is one of {listed(others)}, asked with frozen histories too')
+    if not models or not still: raise ValueError(f'no run of {runs.experiment} is one {what} (such as {next(iter(others))}), asked with frozen histories too')
     ways, parts, cells = (('streaming', runs), ('frozen', still)), [], {}
     for (way, r), dataset in ((w, d) for w in ways for d in runs.datasets()):
         for column in CHANGED_SHOWN:
@@ -531,12 +532,12 @@ def changed_table(
 
 def forget_table(runs: Runs, name: str = 'click-through-forget') -> Table:
     "Every model with forgetful training, and what it has more than without. ValueError when there is none."
-    return changed_table(runs, {f'{m}+forget': m for m in MODELS}, 'forget', name, 'Models trained with a share of their questions behind shortened histories.')
+    return changed_table(runs, {f'{m}+forget': m for m in MODELS}, 'forget', name, 'with forgetful training', 'Models trained with a share of their questions behind shortened histories.')
 
 def factors_table(runs: Runs, name: str = 'click-through-factors') -> Table:
     "Every model whose vectors of items begin with factors, and what it has more than with a random start. ValueError when there is none."
-    others = {f'{m}+factors': m for m in MODELS} | {f'{HISAM}+item-id-factors': f'{HISAM}+item-id'}
-    return changed_table(runs, others, 'factors', name, "Models whose vectors of items begin with the item side of a factorisation of the training ratings; the transformers' attention begins as similarity besides.")
+    others = {f'{HISAM}+item-id-factors': f'{HISAM}+item-id'} | {f'{m}+factors': m for m in MODELS}
+    return changed_table(runs, others, 'factors', name, 'whose vectors of items begin with factors', "Models whose vectors of items begin with the item side of a factorisation of the training ratings; the transformers' attention begins as similarity besides.")
 
 def describe_changed(table: Table) -> str:
     "Markdown: for each dataset what the change does to AUC and GAUC, streaming and frozen."
