@@ -149,7 +149,7 @@ def ended(number, seconds=10):
     deadline = time.time() + seconds
     while time.time() < deadline:
         try: state = Path(f'/proc/{number}/stat').read_text().rpartition(')')[2].split()[0]
-        except FileNotFoundError: return True
+        except (FileNotFoundError, ProcessLookupError): return True  # gone before it was opened, or between that and the reading
         if state == 'Z': return True
         time.sleep(0.02)
     return False
