@@ -326,6 +326,19 @@ def test_items_begun_with_factors_against_a_random_start(runs):
         mean = {m: click_through.mean_of(runs, dataset, m, 'test/auc')[0] for m in ('hi-sam+item-id', 'hi-sam+item-id-factors')}
         assert row(table.long, dataset=dataset, model='hi-sam+item-id-factors', metric='factors-minus/streaming/auc')['mean'] == pytest.approx(mean['hi-sam+item-id-factors'] - mean['hi-sam+item-id'])
 
+def test_longer_histories_against_the_same_start(own, runs):
+    with pytest.raises(ValueError, match='no run of click_through is one that begins with factors and reads 300 items'): click_through.long_table(click_through.within(runs, ['hi-sam', 'din']))
+    for seed in range(SEEDS):
+        for other, variant in (('din', 'factors'), ('hstu', 'factors-300')): shutil.copytree(record_path(own, 'demo', 'click_through', FILMS, other, '', seed), record_path(own, 'demo', 'click_through', FILMS, 'din', variant, seed))
+    found = tables.read_experiment(own, 'demo', 'click_through')
+    table = click_through.long_table(found)
+    assert [cells[1] for cells in table.rows if cells[0] == FILMS] == ['Hi-SAM, item id, begun with factors', 'DIN, factors']
+    mean = {m: click_through.mean_of(found, FILMS, m, 'test/auc')[0] for m in ('din', 'hstu')}
+    gain = row(table.long, dataset=FILMS, model='din+factors-300', metric='longer-minus/streaming/auc')['mean']
+    assert gain == pytest.approx(mean['hstu'] - mean['din'])
+    claims = {c.id: c for c in click_through.HISAM_CLAIMS}
+    assert [e.value for e in claims['longer-din'].measure(found) if e.dataset == FILMS] == pytest.approx([gain])
+
 def test_forgetful_training_against_itself_without(own, runs):
     with pytest.raises(ValueError, match='no run of click_through is one with forgetful training'): click_through.forget_table(click_through.within(runs, ['hi-sam', 'din']))
     for seed in range(SEEDS):

@@ -12,17 +12,18 @@ __all__ = ['HISAM', 'MODELS', 'RIVALS', 'FLOORS', 'PARTS', 'SIZES', 'EXAMPLE_SKI
            'ablations', 'beside', 'untuned', 'parameter', 'shortened_share', 'shortened_text', 'given_notes',
            'group_notes', 'comparison_rows', 'comparison', 'click_through_table', 'cold_minus_warm', 'with_interval',
            'doubtful', 'said_of', 'cold_questions', 'given_text', 'describe_click_through', 'frozen_runs',
-           'describe_frozen', 'changed_table', 'forget_table', 'factors_table', 'describe_changed', 'gains_figure',
-           'shortened_runs', 'ablation_table', 'describe_ablation', 'mean_of', 'level_names', 'level_order', 'own_size',
-           'level_parts', 'level_notes', 'size_rows', 'on_datasets', 'sizes_table', 'describe_sizes', 'tokenizer_name',
-           'tokenizer_runs', 'source_notes', 'described', 'spread_cell', 'tokenizer_table', 'twin_share', 'twin_note',
-           'last_terms', 'describe_tokenizer', 'level_styles', 'code_use', 'codebooks_figure', 'describe_codebooks',
-           'tokenizer_training', 'tokenizer_training_figure', 'describe_training', 'disentanglement',
-           'disentanglement_table', 'describe_disentanglement', 'shortened_title', 'neighbours_table',
-           'anchor_attention', 'attention_figure', 'describe_attention', 'cost_table', 'describe_cost',
-           'latency_curves', 'panel_name', 'latency_figure', 'series_labels', 'describe_latency', 'choices',
-           'click_search_table', 'describe_click_search', 'pairs', 'beats', 'gains_more_when_cold', 'frozen',
-           'every_run', 'lowest_shared_use', 'fewest_collisions', 'told_apart', 'elsewhere', 'time_saved']
+           'describe_frozen', 'changed_table', 'forget_table', 'factors_table', 'long_table', 'describe_changed',
+           'gains_figure', 'shortened_runs', 'ablation_table', 'describe_ablation', 'mean_of', 'level_names',
+           'level_order', 'own_size', 'level_parts', 'level_notes', 'size_rows', 'on_datasets', 'sizes_table',
+           'describe_sizes', 'tokenizer_name', 'tokenizer_runs', 'source_notes', 'described', 'spread_cell',
+           'tokenizer_table', 'twin_share', 'twin_note', 'last_terms', 'describe_tokenizer', 'level_styles', 'code_use',
+           'codebooks_figure', 'describe_codebooks', 'tokenizer_training', 'tokenizer_training_figure',
+           'describe_training', 'disentanglement', 'disentanglement_table', 'describe_disentanglement',
+           'shortened_title', 'neighbours_table', 'anchor_attention', 'attention_figure', 'describe_attention',
+           'cost_table', 'describe_cost', 'latency_curves', 'panel_name', 'latency_figure', 'series_labels',
+           'describe_latency', 'choices', 'click_search_table', 'describe_click_search', 'pairs', 'beats',
+           'gains_more_when_cold', 'frozen', 'every_run', 'lowest_shared_use', 'fewest_collisions', 'told_apart',
+           'elsewhere', 'time_saved']
 
 # %% ../../nbs/reporting/04_click_through.ipynb #c02
 import json
@@ -51,7 +52,7 @@ RIVALS = tuple(m for m in MODELS if m != HISAM)
 FLOORS = {'folded-factors': 'folded factors', 'both-rates': 'both rates', 'item-rate': 'like rate of the item', 'answer-rate': 'like rate of the answers so far'}   # counted or solved, not trained
 MODELS |= FLOORS
 PARTS = {'rq-vae': 'flat RQ-VAE ids', 'rq-kmeans': 'flat RQ-k-means ids', 'no-alignment': 'no alignment', 'no-mi': 'no MI term', 'shared-only': 'shared levels only', 'specific-only': 'specific levels only',
-         'flat-rope': 'one-dimensional RoPE', 'no-rope': 'no RoPE', 'no-anchors': 'no anchors (all tokens)', 'blind-anchors': 'anchors see no anchors', 'anchor-first': 'anchor first', 'item-id': 'item id added', 'item-id-similar-start': 'item id and similar start', 'item-id-factors': 'item id, begun with factors', 'forget': 'forgetful training'}
+         'flat-rope': 'one-dimensional RoPE', 'no-rope': 'no RoPE', 'no-anchors': 'no anchors (all tokens)', 'blind-anchors': 'anchors see no anchors', 'anchor-first': 'anchor first', 'item-id': 'item id added', 'item-id-similar-start': 'item id and similar start', 'item-id-factors': 'item id, begun with factors', 'item-id-factors-300': 'item id, begun with factors, 300 items', 'forget': 'forgetful training'}
 SIZES = {'levels': 'levels', 'codes': 'codes a level', 'history': 'items of history'}
 
 def split_name(model: str) -> tuple[str, str]:
@@ -83,7 +84,7 @@ def name_of(model: str) -> str:
 EXAMPLE_SKILL = {HISAM: (.9, .75, .7), 'id-transformer': (.75, .4, .1), 'din': (.72, .35, .1), 'semantic-transformer': (.8, .55, .5), 'feature-transformer': (.75, .55, .55), 'hstu': (.76, .4, .1),
                  'semantic-mlp': (.55, .45, .45)}   # a warm user's taste, a cold user's taste, a cold item's content
 EXAMPLE_LOSS = {'rq-vae': .1, 'rq-kmeans': .12, 'no-alignment': .05, 'no-mi': .02, 'shared-only': .2, 'specific-only': .15, 'flat-rope': .03, 'no-rope': .06, 'no-anchors': 0., 'blind-anchors': .04, 'anchor-first': .25,
-                'item-id': -.02, 'item-id-similar-start': -.03, 'item-id-factors': -.2, 'forget': 0., 'levels-2': .1, 'levels-6': .01, 'codes-64': .06, 'codes-512': .01, 'history-25': .1, 'history-50': .04, 'history-200': 0.}   # what a variant of Hi-SAM loses of each skill
+                'item-id': -.02, 'item-id-similar-start': -.03, 'item-id-factors': -.2, 'item-id-factors-300': -.3, 'forget': 0., 'levels-2': .1, 'levels-6': .01, 'codes-64': .06, 'codes-512': .01, 'history-25': .1, 'history-50': .04, 'history-200': 0.}   # what a variant of Hi-SAM loses of each skill
 
 def example_clicks(
     model: str, seed: int,
@@ -524,7 +525,7 @@ def changed_table(
     rows = []
     for dataset, model in ((d, m) for d in runs.datasets() for m in models):
         own = [cells.get((dataset, model, way, column)) for way, _ in ways for column in CHANGED_SHOWN]
-        if any(own): rows.append((dataset, MODELS.get(split_name(others[model])[0], others[model]) + (', ' + PARTS[split_name(others[model])[1]] if split_name(others[model])[1] else ''), str(max(c[0] for c in own if c)), *(c[1] if c else '–' for c in own)))
+        if any(own): rows.append((dataset, MODELS.get(split_name(others[model])[0], others[model]) + (', ' + PARTS.get(split_name(others[model])[1], split_name(others[model])[1]) if split_name(others[model])[1] else ''), str(max(c[0] for c in own if c)), *(c[1] if c else '–' for c in own)))
     heads = (('', 'dataset'), ('', 'model'), ('', 'seeds'), *((f'answers {way}', f"{GROUPS[c.rpartition('/')[0]]} {MEASURES[c.rpartition('/')[2]]}") for way, _ in ways for c in CHANGED_SHOWN))
     caption += (' Mean ± sample standard deviation over seeds; below, this model minus itself without the change on the same questions and common seeds with its 95 % interval over users and seeds (over users only where there is one seed). '
                '†: not distinguishable (Holm-corrected within dataset and column, p ≥ .05). Settings are those of the model without, with no search of their own. Bold: best of its data set.')
@@ -538,6 +539,11 @@ def factors_table(runs: Runs, name: str = 'click-through-factors') -> Table:
     "Every model whose vectors of items begin with factors, and what it has more than with a random start. ValueError when there is none."
     others = {f'{HISAM}+item-id-factors': f'{HISAM}+item-id'} | {f'{m}+factors': m for m in MODELS}
     return changed_table(runs, others, 'factors', name, 'whose vectors of items begin with factors', "Models whose vectors of items begin with the item side of a factorisation of the training ratings; the transformers' attention begins as similarity besides.")
+
+def long_table(runs: Runs, name: str = 'click-through-long') -> Table:
+    "Every model that begins with factors and reads 300 items, and what it has more than behind the usual histories. ValueError when there is none."
+    others = {f'{HISAM}+item-id-factors-300': f'{HISAM}+item-id-factors'} | {f'{m}+factors-300': f'{m}+factors' for m in MODELS}
+    return changed_table(runs, others, 'longer', name, 'that begins with factors and reads 300 items', 'Models that begin with factors, behind histories of up to 300 items (DIN: 300 likes).')
 
 def describe_changed(table: Table) -> str:
     "Markdown: for each dataset what the change does to AUC and GAUC, streaming and frozen."
@@ -1329,6 +1335,7 @@ def time_saved(name: str = LATENCY) -> Callable[[Runs], list[Effect]]:
 _PAPER = 'Hi-SAM, KDD 2026'
 def _the(model): return ('' if model == 'din' else 'the ') + MODELS[model] + (' model' if model == 'hstu' else '')
 def _part(variant): return beats(HISAM, f'{HISAM}+{variant}')
+def _asked(still, measure): return frozen(measure) if still else measure
 _EFFECT = ' (The mechanism is the paper\'s [A]; its effect on AUC is tested as ours [P].)'
 
 HISAM_CLAIMS = (
@@ -1337,10 +1344,14 @@ HISAM_CLAIMS = (
     *(Claim(f'hi-sam-over-{m}-gauc-frozen', _PAPER, f'With every history frozen before the test, Hi-SAM has a higher GAUC than {_the(m)}.', 'P', 'click_through', frozen(beats(HISAM, m, 'gauc'))) for m in (*RIVALS, 'item-rate', 'folded-factors')),
     *(Claim(f'hi-sam-with-id-over-{m}{"-gauc" * (metric == "gauc")}', 'this compendium', f'Hi-SAM with an item id added and attention that begins as similarity has a higher {MEASURES[metric]} than {_the(m)}' + (' with the same start.' if start else '.'), 'P', 'click_through',
             beats(f'{HISAM}+item-id-similar-start', m + start, metric)) for m in RIVALS for start in ['+similar-start' * (m == 'id-transformer')] for metric in ('auc', 'gauc')),
-    *(Claim(f'hi-sam-with-factors-over-{m}{"-gauc" * (metric == "gauc")}{"-frozen" * still}', 'this compendium', f'Hi-SAM with an item id has a higher {MEASURES[metric]} than {_the(m)}, when the vectors of items of both begin with factors of the training ratings' + (', with every history frozen before the test.' if still else '.'), 'P',
-            'click_through', (frozen if still else lambda measure: measure)(beats(f'{HISAM}+item-id-factors', f'{m}+factors', metric))) for m in ('id-transformer', 'hstu', 'din') for still in (False, True) for metric in ('auc', 'gauc')),
+    *(Claim(f'hi-sam-with-factors{length}-over-{m}{"-gauc" * (metric == "gauc")}{"-frozen" * still}', 'this compendium', f'Hi-SAM with an item id has a higher {MEASURES[metric]} than {_the(m)}, when the vectors of items of both begin with factors of the training ratings' + (' and both read 300 items' if length else '') + (', with every history frozen before the test.' if still else '.'), 'P',
+            'click_through', _asked(still, beats(f'{HISAM}+item-id-factors{length}', f'{m}+factors{length}', metric)))
+      for length in ('', '-300') for m in ('id-transformer', 'hstu', 'din') for still in (False, True) for metric in ('auc', 'gauc')),
+    *(Claim(f'longer-{m.partition("+")[0]}{"-gauc-frozen" * (metric == "gauc")}', 'this compendium', f'Histories of 300 items instead of 100 raise the {MEASURES[metric]} of {said}, when its vectors of items begin with factors' + (', with every history frozen before the test.' if metric == 'gauc' else '.'), 'P', 'click_through',
+            _asked(metric == 'gauc', beats(f'{m}-300', m, metric)))
+      for m, said in ((f'{HISAM}+item-id-factors', 'Hi-SAM with an item id'), *((f'{m}+factors', _the(m)) for m in ('id-transformer', 'hstu', 'din'))) for metric in ('auc', 'gauc')),
     *(Claim(f'factors-{m.partition("+")[0]}{"-gauc-frozen" * (metric == "gauc")}', 'this compendium', f'Vectors of items that begin with factors raise the {MEASURES[metric]} of {said}' + (' with every history frozen before the test.' if metric == 'gauc' else '.'), 'P', 'click_through',
-            (frozen if metric == 'gauc' else lambda measure: measure)(beats(f'{m}-factors' if '+' in m else f'{m}+factors', m, metric)))
+            _asked(metric == 'gauc', beats(f'{m}-factors' if '+' in m else f'{m}+factors', m, metric)))
       for m, said in ((f'{HISAM}+item-id', 'Hi-SAM with an item id'), *((m, _the(m)) for m in ('id-transformer', 'hstu', 'din'))) for metric in ('auc', 'gauc')),
     Claim('similar-start', 'this compendium', 'Attention that begins as similarity raises the AUC of the id Transformer.', 'P', 'click_through', beats('id-transformer+similar-start', 'id-transformer')),
     *(Claim(f'forget-{m}-{metric}-frozen', 'this compendium', f'Forgetful training raises the {MEASURES[metric]} of {_the(m)} with every history frozen before the test.', 'P', 'click_through', frozen(beats(f'{m}+forget', m, metric))) for m in (HISAM, 'id-transformer', 'hstu') for metric in ('auc', 'gauc')),
