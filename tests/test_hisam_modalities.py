@@ -6,8 +6,10 @@ import numpy as np
 import polars as pl
 import pytest
 
+from l2rec.baselines.factors import item_columns
 from l2rec.data.dataset import DataError, Feature, make_dataset
 from l2rec.data.splits import leave_last_fraction, training_counts
+from l2rec.data.synthetic import SyntheticWorld, make_world
 from l2rec.hisam.modalities import Modalities, Scale, fit_scale, make_modalities
 
 N = 30
@@ -239,3 +241,34 @@ def test_twins_are_items_with_the_very_vectors_of_another():
     image[2] = 0.                                                # a vector of zeros is no missing vector
     text[2] = text[5]
     assert not Modalities(("text", "image"), {"text": text, "image": image}, {"text": np.ones(6, bool), "image": has_image}).twins[[2, 5]].any()
+
+
+# --- taste ------------------------------------------------------------------------------------------------------------
+
+def test_taste_is_the_item_side_of_the_factors():
+    world = make_world(SyntheticWorld(n_users=80, n_items=300, mean_length=15, max_length=20))
+    split = leave_last_fraction(world.dataset)
+    without, found = (build(world.dataset, split, image=None, taste=taste) for taste in ("", "factors"))
+    trained = training_counts(split) > 0
+    assert without.names == ("image",) and found.names == ("image", "taste") and not trained.all()
+    np.testing.assert_array_equal(found.values["image"], without.values["image"])
+    np.testing.assert_array_equal(found.present["taste"], trained)
+    columns = item_columns(split)[trained]
+    columns = columns - columns.mean(0)
+    np.testing.assert_allclose(found.values["taste"][trained], columns / np.sqrt((columns ** 2).mean()), atol=1e-5)
+    assert not found.values["taste"][~trained].any()
+
+
+def test_taste_sees_no_answer_after_the_cut():
+    world = make_world(SyntheticWorld(n_users=80, n_items=120, mean_length=15, max_length=20))
+    split = leave_last_fraction(world.dataset)
+    later = np.arange(len(split.items)) >= np.repeat(split.train_end, np.diff(split.offsets))
+    other = replace(split, rating=np.where(later, 6 - split.rating, split.rating))
+    one, two = (build(world.dataset, s, image=None, taste="factors") for s in (split, other))
+    assert later.any() and one.sha256 == two.sha256
+
+
+def test_taste_that_cannot_be():
+    dataset, split = made({"image": vectors()})
+    with pytest.raises(ValueError, match="taste='factor': 'factors', or '' for none"): build(dataset, split, image=None, taste="factor")
+    with pytest.raises(ValueError, match="rating"): build(dataset, split, image=None, taste="factors")

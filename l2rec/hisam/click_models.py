@@ -52,7 +52,7 @@ class ClickRun:
 def set_up_click_run(cls: type[Click], dataset: Dataset, split: Split, seed: int = 0,
                      hyperparameters: Mapping | None = None,      # of the model, see its `from_split`
                      tokenizer: str = "",                         # "dst", "rq-vae", "rq-kmeans"; empty: the model's own
-                     tokenizer_settings: Mapping | None = None,   # see `semantic_ids`
+                     tokenizer_settings: Mapping | None = None,   # see `semantic_ids`; "taste", what the tokenizer or the features know besides text and image, see `make_modalities`
                      text: str = "all-MiniLM-L6-v2", image: str | None = None, # see `make_modalities`
                      max_length: int = 100,                       # items before a question, at most
                      positions: int = 2048,                       # of a training batch, padding included
@@ -60,9 +60,9 @@ def set_up_click_run(cls: type[Click], dataset: Dataset, split: Split, seed: int
     "Model with initial weights from `seed`, batches, ids. Raises `DataError` or `ValueError` that names what does not fit."
     takes, own = inspect.signature(cls.from_split).parameters, getattr(cls, "tokenizer", None)
     if tokenizer and not own: raise ValueError(f"tokenizer={tokenizer!r}: {cls.__name__} reads no semantic ids")
-    run = ClickRun(None, HistoryData(split, positions, max_length, seed=seed))
-    if takes["items"].default is inspect.Parameter.empty: run.modalities = make_modalities(dataset, split, text, image)
-    if own: run.ids, run.tokenizer_history, run.tokenizer = semantic_ids(tokenizer or own, run.modalities, split.item_id, seed=seed, **(tokenizer_settings or {}))
+    run, settings = ClickRun(None, HistoryData(split, positions, max_length, seed=seed)), dict(tokenizer_settings or {})
+    if takes["items"].default is inspect.Parameter.empty: run.modalities = make_modalities(dataset, split, text, image, taste=settings.pop("taste", ""))
+    if own: run.ids, run.tokenizer_history, run.tokenizer = semantic_ids(tokenizer or own, run.modalities, split.item_id, seed=seed, **settings)
     run.model = build(cls, split, seed, items=ItemSide(run.ids, run.modalities), **({"max_length": max_length} if "max_length" in takes else {}), **(hyperparameters or {}))
     return run
 

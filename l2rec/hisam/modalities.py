@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from ..baselines.factors import item_columns
 from ..data.dataset import DataError, Dataset, Feature, check_feature
 from ..data.item_vectors import MINILM, encode_images, encode_texts, item_texts
 from ..data.splits import Split, training_counts
@@ -188,14 +189,18 @@ def make_modalities(dataset: Dataset, split: Split,
                     max_tokens: int = 128,             # of a text that is encoded
                     pooling: str = "mean",             # of its tokens
                     progress: bool = True,             # bars while encoding
+                    taste: str = "",                   # "factors": a third modality, of items that training met, see `item_columns`; "": none
                     ) -> Modalities:
-    """Text and image vectors of the split's items; scales and constant columns are learned from items that occur in training.
+    """Text and image vectors of the split's items, and who likes them if asked for; scales and constant columns are learned from items that occur in training.
 
-    Raises `DataError` for an unknown feature or encoder, vectors of unequal width, NaN, a modality that is constant or that no training item has, and a catalogue of which nothing is known."""
+    Raises `ValueError` for an unknown kind of taste or a split without ratings, `DataError` for an unknown feature or encoder, vectors of unequal width, NaN, a modality that is constant or that no training item has, and a catalogue of which nothing is known."""
+    if taste not in ("", "factors"): raise ValueError(f"taste={taste!r}: 'factors', or '' for none")
     trained = training_counts(split) > 0
     values, present, scales = {}, {}, {}
-    for modality, name in (("text", text), ("image", image)):
-        found = _raw(dataset, split, modality, name, max_tokens, pooling, progress)
+    sources = {"text": lambda: _raw(dataset, split, "text", text, max_tokens, pooling, progress), "image": lambda: _raw(dataset, split, "image", image, max_tokens, pooling, progress),
+               "taste": lambda: (item_columns(split).astype(np.float32), trained) if taste else None}
+    for modality, source in sources.items():
+        found = source()
         if found is None: continue
         raw, has = found
         if not has.any():
