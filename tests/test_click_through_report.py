@@ -339,6 +339,13 @@ def test_longer_histories_against_the_same_start(own, runs):
     claims = {c.id: c for c in click_through.HISAM_CLAIMS}
     assert [e.value for e in claims['longer-din'].measure(found) if e.dataset == FILMS] == pytest.approx([gain])
 
+def test_taste_as_a_modality_against_the_same_model_without(runs):
+    table = click_through.taste_table(runs)
+    assert {cells[:2] for cells in table.rows} == {(d, 'Hi-SAM') for d in runs.datasets()}
+    for dataset in runs.datasets():
+        mean = {m: click_through.mean_of(runs, dataset, m, 'test_frozen/gauc')[0] for m in ('hi-sam', 'hi-sam+taste')}
+        assert row(table.long, dataset=dataset, model='hi-sam+taste', metric='taste-minus/frozen/gauc')['mean'] == pytest.approx(mean['hi-sam+taste'] - mean['hi-sam'])
+
 def test_forgetful_training_against_itself_without(own, runs):
     with pytest.raises(ValueError, match='no run of click_through is one with forgetful training'): click_through.forget_table(click_through.within(runs, ['hi-sam', 'din']))
     for seed in range(SEEDS):

@@ -12,18 +12,18 @@ __all__ = ['HISAM', 'MODELS', 'RIVALS', 'FLOORS', 'PARTS', 'SIZES', 'EXAMPLE_SKI
            'ablations', 'beside', 'untuned', 'parameter', 'shortened_share', 'shortened_text', 'given_notes',
            'group_notes', 'comparison_rows', 'comparison', 'click_through_table', 'cold_minus_warm', 'with_interval',
            'doubtful', 'said_of', 'cold_questions', 'given_text', 'describe_click_through', 'frozen_runs',
-           'describe_frozen', 'changed_table', 'forget_table', 'factors_table', 'long_table', 'describe_changed',
-           'gains_figure', 'shortened_runs', 'ablation_table', 'describe_ablation', 'mean_of', 'level_names',
-           'level_order', 'own_size', 'level_parts', 'level_notes', 'size_rows', 'on_datasets', 'sizes_table',
-           'describe_sizes', 'tokenizer_name', 'tokenizer_runs', 'source_notes', 'described', 'spread_cell',
-           'tokenizer_table', 'twin_share', 'twin_note', 'last_terms', 'describe_tokenizer', 'level_styles', 'code_use',
-           'codebooks_figure', 'describe_codebooks', 'tokenizer_training', 'tokenizer_training_figure',
-           'describe_training', 'disentanglement', 'disentanglement_table', 'describe_disentanglement',
-           'shortened_title', 'neighbours_table', 'anchor_attention', 'attention_figure', 'describe_attention',
-           'cost_table', 'describe_cost', 'latency_curves', 'panel_name', 'latency_figure', 'series_labels',
-           'describe_latency', 'choices', 'click_search_table', 'describe_click_search', 'pairs', 'beats',
-           'gains_more_when_cold', 'frozen', 'every_run', 'lowest_shared_use', 'fewest_collisions', 'told_apart',
-           'elsewhere', 'time_saved']
+           'describe_frozen', 'changed_table', 'forget_table', 'factors_table', 'taste_table', 'long_table',
+           'describe_changed', 'gains_figure', 'shortened_runs', 'ablation_table', 'describe_ablation', 'mean_of',
+           'level_names', 'level_order', 'own_size', 'level_parts', 'level_notes', 'size_rows', 'on_datasets',
+           'sizes_table', 'describe_sizes', 'tokenizer_name', 'tokenizer_runs', 'source_notes', 'described',
+           'spread_cell', 'tokenizer_table', 'twin_share', 'twin_note', 'last_terms', 'describe_tokenizer',
+           'level_styles', 'code_use', 'codebooks_figure', 'describe_codebooks', 'tokenizer_training',
+           'tokenizer_training_figure', 'describe_training', 'disentanglement', 'disentanglement_table',
+           'describe_disentanglement', 'shortened_title', 'neighbours_table', 'anchor_attention', 'attention_figure',
+           'describe_attention', 'cost_table', 'describe_cost', 'latency_curves', 'panel_name', 'latency_figure',
+           'series_labels', 'describe_latency', 'choices', 'click_search_table', 'describe_click_search', 'pairs',
+           'beats', 'gains_more_when_cold', 'frozen', 'every_run', 'lowest_shared_use', 'fewest_collisions',
+           'told_apart', 'elsewhere', 'time_saved']
 
 # %% ../../nbs/reporting/04_click_through.ipynb #c02
 import json
@@ -52,7 +52,7 @@ RIVALS = tuple(m for m in MODELS if m != HISAM)
 FLOORS = {'folded-factors': 'folded factors', 'both-rates': 'both rates', 'item-rate': 'like rate of the item', 'answer-rate': 'like rate of the answers so far'}   # counted or solved, not trained
 MODELS |= FLOORS
 PARTS = {'rq-vae': 'flat RQ-VAE ids', 'rq-kmeans': 'flat RQ-k-means ids', 'no-alignment': 'no alignment', 'no-mi': 'no MI term', 'shared-only': 'shared levels only', 'specific-only': 'specific levels only',
-         'flat-rope': 'one-dimensional RoPE', 'no-rope': 'no RoPE', 'no-anchors': 'no anchors (all tokens)', 'blind-anchors': 'anchors see no anchors', 'anchor-first': 'anchor first', 'item-id': 'item id added', 'item-id-similar-start': 'item id and similar start', 'item-id-factors': 'item id, begun with factors', 'item-id-factors-300': 'item id, begun with factors, 300 items', 'forget': 'forgetful training'}
+         'flat-rope': 'one-dimensional RoPE', 'no-rope': 'no RoPE', 'no-anchors': 'no anchors (all tokens)', 'blind-anchors': 'anchors see no anchors', 'anchor-first': 'anchor first', 'item-id': 'item id added', 'item-id-similar-start': 'item id and similar start', 'item-id-factors': 'item id, begun with factors', 'item-id-factors-300': 'item id, begun with factors, 300 items', 'taste': 'taste as a third modality', 'forget': 'forgetful training'}
 SIZES = {'levels': 'levels', 'codes': 'codes a level', 'history': 'items of history'}
 
 def split_name(model: str) -> tuple[str, str]:
@@ -84,7 +84,7 @@ def name_of(model: str) -> str:
 EXAMPLE_SKILL = {HISAM: (.9, .75, .7), 'id-transformer': (.75, .4, .1), 'din': (.72, .35, .1), 'semantic-transformer': (.8, .55, .5), 'feature-transformer': (.75, .55, .55), 'hstu': (.76, .4, .1),
                  'semantic-mlp': (.55, .45, .45)}   # a warm user's taste, a cold user's taste, a cold item's content
 EXAMPLE_LOSS = {'rq-vae': .1, 'rq-kmeans': .12, 'no-alignment': .05, 'no-mi': .02, 'shared-only': .2, 'specific-only': .15, 'flat-rope': .03, 'no-rope': .06, 'no-anchors': 0., 'blind-anchors': .04, 'anchor-first': .25,
-                'item-id': -.02, 'item-id-similar-start': -.03, 'item-id-factors': -.2, 'item-id-factors-300': -.3, 'forget': 0., 'levels-2': .1, 'levels-6': .01, 'codes-64': .06, 'codes-512': .01, 'history-25': .1, 'history-50': .04, 'history-200': 0.}   # what a variant of Hi-SAM loses of each skill
+                'item-id': -.02, 'item-id-similar-start': -.03, 'item-id-factors': -.2, 'item-id-factors-300': -.3, 'taste': -.15, 'forget': 0., 'levels-2': .1, 'levels-6': .01, 'codes-64': .06, 'codes-512': .01, 'history-25': .1, 'history-50': .04, 'history-200': 0.}   # what a variant of Hi-SAM loses of each skill
 
 def example_clicks(
     model: str, seed: int,
@@ -539,6 +539,10 @@ def factors_table(runs: Runs, name: str = 'click-through-factors') -> Table:
     "Every model whose vectors of items begin with factors, and what it has more than with a random start. ValueError when there is none."
     others = {f'{HISAM}+item-id-factors': f'{HISAM}+item-id'} | {f'{m}+factors': m for m in MODELS}
     return changed_table(runs, others, 'factors', name, 'whose vectors of items begin with factors', "Models whose vectors of items begin with the item side of a factorisation of the training ratings; the transformers' attention begins as similarity besides.")
+
+def taste_table(runs: Runs, name: str = 'click-through-taste') -> Table:
+    "Every model whose codes or features know taste besides text and image, and what it has more than without. ValueError when there is none."
+    return changed_table(runs, {f'{m}+taste': m for m in MODELS}, 'taste', name, 'that reads taste as a modality', 'Models whose codes (a feature Transformer: whose features) are made of the item side of a factorisation of the training ratings besides text and image.')
 
 def long_table(runs: Runs, name: str = 'click-through-long') -> Table:
     "Every model that begins with factors and reads 300 items, and what it has more than behind the usual histories. ValueError when there is none."
@@ -1353,6 +1357,10 @@ HISAM_CLAIMS = (
     *(Claim(f'factors-{m.partition("+")[0]}{"-gauc-frozen" * (metric == "gauc")}', 'this compendium', f'Vectors of items that begin with factors raise the {MEASURES[metric]} of {said}' + (' with every history frozen before the test.' if metric == 'gauc' else '.'), 'P', 'click_through',
             _asked(metric == 'gauc', beats(f'{m}-factors' if '+' in m else f'{m}+factors', m, metric)))
       for m, said in ((f'{HISAM}+item-id', 'Hi-SAM with an item id'), *((m, _the(m)) for m in ('id-transformer', 'hstu', 'din'))) for metric in ('auc', 'gauc')),
+    *(Claim(f'taste-{m}{"-gauc-frozen" * (metric == "gauc")}', 'this compendium', f'Taste as a third modality, factors of the training ratings beside text and image, raises the {MEASURES[metric]} of {_the(m)}' + (' with every history frozen before the test.' if metric == 'gauc' else '.'), 'P', 'click_through',
+            _asked(metric == 'gauc', beats(f'{m}+taste', m, metric))) for m in (HISAM, 'semantic-transformer', 'feature-transformer') for metric in ('auc', 'gauc')),
+    *(Claim(f'hi-sam-with-taste-over-{m}', 'this compendium', f'Hi-SAM whose codes know taste has a higher AUC than {_the(m)} {said}.', 'P', 'click_through', beats(f'{HISAM}+taste', other))
+      for m, other, said in (('semantic-transformer', 'semantic-transformer+taste', 'whose codes know it too'), ('feature-transformer', 'feature-transformer+taste', 'whose features know it too'), ('id-transformer', 'id-transformer+factors', 'whose vectors begin with the same factors'))),
     Claim('similar-start', 'this compendium', 'Attention that begins as similarity raises the AUC of the id Transformer.', 'P', 'click_through', beats('id-transformer+similar-start', 'id-transformer')),
     *(Claim(f'forget-{m}-{metric}-frozen', 'this compendium', f'Forgetful training raises the {MEASURES[metric]} of {_the(m)} with every history frozen before the test.', 'P', 'click_through', frozen(beats(f'{m}+forget', m, metric))) for m in (HISAM, 'id-transformer', 'hstu') for metric in ('auc', 'gauc')),
     Claim('forget-costs-nothing', 'this compendium', f'And where answers accumulate it costs Hi-SAM no accuracy: AUC not lower by more than {MARGIN}.', 'P', 'click_through', beats(f'{HISAM}+forget', HISAM), -MARGIN),
