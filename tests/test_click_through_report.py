@@ -346,6 +346,18 @@ def test_taste_as_a_modality_against_the_same_model_without(runs):
         mean = {m: click_through.mean_of(runs, dataset, m, 'test_frozen/gauc')[0] for m in ('hi-sam', 'hi-sam+taste')}
         assert row(table.long, dataset=dataset, model='hi-sam+taste', metric='taste-minus/frozen/gauc')['mean'] == pytest.approx(mean['hi-sam+taste'] - mean['hi-sam'])
 
+def test_a_change_that_one_data_set_lacks(own):
+    """Asked on FILMS alone; of two models one has no run without the change to subtract."""
+    for seed in range(SEEDS):
+        for dataset, model, variant in (('made-up-books', 'hi-sam', ''), (FILMS, 'item-rate', 'taste')):
+            shutil.copytree(record_path(own, 'demo', 'click_through', FILMS, 'hstu', '', seed), record_path(own, 'demo', 'click_through', dataset, model, variant, seed))
+    found = tables.read_experiment(own, 'demo', 'click_through')
+    assert len(found.datasets()) == 2
+    assert [cells[:2] for cells in click_through.taste_table(found).rows] == [(FILMS, 'Hi-SAM'), (FILMS, 'like rate of the item')]
+    alone = click_through.taste_table(click_through.within(found, ['hstu', 'item-rate+taste']))
+    assert [cells[:2] for cells in alone.rows] == [(FILMS, 'like rate of the item')] and not alone.long['metric'].str.starts_with('taste-minus').any()
+    assert click_through.describe_changed(alone) == ''
+
 def test_forgetful_training_against_itself_without(own, runs):
     with pytest.raises(ValueError, match='no run of click_through is one with forgetful training'): click_through.forget_table(click_through.within(runs, ['hi-sam', 'din']))
     for seed in range(SEEDS):

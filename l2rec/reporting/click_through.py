@@ -516,7 +516,8 @@ def changed_table(
     for (way, r), dataset in ((w, d) for w in ways for d in runs.datasets()):
         for column in CHANGED_SHOWN:
             levels, gains = (pl.concat([pl.DataFrame(schema=PAIRED), *(paired(r, dataset, m, o, [column]) for m, o in pairs_)]) for pairs_ in ([(m, None) for m in models], [(m, others[m]) for m in models]))
-            gains = gains.with_columns(p_holm=pl.Series(holm(gains['p']), dtype=pl.Float64))
+            if not levels.height: continue      # none of these models was run on this data set
+            gains = gains.with_columns(p_holm=pl.Series(holm(gains['p']) if gains.height else [], dtype=pl.Float64))
             levels, gains = (t.with_columns(metric=pl.lit(f'{way}/{column}')) for t in (levels, gains))
             parts += [long_rows(levels, 'test'), long_rows(gains, f'{short}-minus')]
             best = levels['mean'].max() if levels.height > 1 else None
@@ -550,14 +551,13 @@ def long_table(runs: Runs, name: str = 'click-through-long') -> Table:
     return changed_table(runs, others, 'longer', name, 'that begins with factors and reads 300 items', 'Models that begin with factors, behind histories of up to 300 items (DIN: 300 likes).')
 
 def describe_changed(table: Table) -> str:
-    "Markdown: for each dataset what the change does to AUC and GAUC, streaming and frozen."
-    short = next(m.partition('-minus')[0] for m in table.long['metric'] if '-minus/' in m)
+    "Markdown: for each dataset what the change does to AUC and GAUC, streaming and frozen; empty where no model stands beside itself without."
     lines = []
-    for (dataset,), here in table.long.group_by('dataset', maintain_order=True):
+    for (dataset,), here in table.long.filter(pl.col('metric').str.contains('-minus/')).group_by('dataset', maintain_order=True):
         said = []
         for way in ('streaming', 'frozen'):
             for column in ('auc', 'gauc'):
-                rows = here.filter(metric=f'{short}-minus/{way}/{column}')
+                rows = here.filter(pl.col('metric').str.ends_with(f'-minus/{way}/{column}'))
                 up, down = rows.filter(pl.col('ci_low') > 0).height, rows.filter(pl.col('ci_high') < 0).height
                 said.append(f"{way} {MEASURES[column]} from {signed(rows['mean'].min())} to {signed(rows['mean'].max())} (interval above zero for {up} of {rows.height} models, below for {down})")
         lines.append(f"- **{dataset}**: {'; '.join(said)}.")
