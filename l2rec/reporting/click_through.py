@@ -593,7 +593,7 @@ def gains_figure(
             ax.set_ylim(len(models) - .5, -.5)
             said = GROUPS[group] + (' (own scale)' if group == 'cold_items' and len(groups) > 1 else '')
             ax.set_title(said if len(datasets) == 1 else f'{dataset}\n{said}' if j == 0 else f'\n{said}', loc='left', fontsize=10)
-            ax.locator_params(axis='x', nbins=5)
+            ax.locator_params(axis='x', nbins=4)
             ax.grid(axis='y', visible=False)
             for line in range(1, len(models)): ax.axhline(line - .5, color='#EEEEEE', linewidth=.8)
         figure.supxlabel('Hi-SAM minus the model (95 % interval)', fontsize=10)
