@@ -319,12 +319,15 @@ def test_floors_stand_last_and_are_neither_tuned_nor_timed(own):
     (equal,) = click_through.beats('both-rates', 'item-rate')(found)
     assert equal.value == 0.
 
-def test_items_begun_with_factors_against_a_random_start(runs):
-    table = click_through.factors_table(runs)
-    assert {cells[:2] for cells in table.rows} == {(d, 'Hi-SAM, item id added') for d in runs.datasets()}
+@pytest.mark.parametrize('table_of, short, changed, without, said, part, way, measure', [
+    (click_through.factors_table, 'factors', 'hi-sam+item-id-factors', 'hi-sam+item-id', 'Hi-SAM, item id added', 'test', 'streaming', 'auc'),
+    (click_through.taste_table, 'taste', 'hi-sam+taste', 'hi-sam', 'Hi-SAM', 'test_frozen', 'frozen', 'gauc')])
+def test_a_changed_model_against_itself_without(runs, table_of, short, changed, without, said, part, way, measure):
+    table = table_of(runs)
+    assert {cells[:2] for cells in table.rows} == {(d, said) for d in runs.datasets()}
     for dataset in runs.datasets():
-        mean = {m: click_through.mean_of(runs, dataset, m, 'test/auc')[0] for m in ('hi-sam+item-id', 'hi-sam+item-id-factors')}
-        assert row(table.long, dataset=dataset, model='hi-sam+item-id-factors', metric='factors-minus/streaming/auc')['mean'] == pytest.approx(mean['hi-sam+item-id-factors'] - mean['hi-sam+item-id'])
+        mean = {m: click_through.mean_of(runs, dataset, m, f'{part}/{measure}')[0] for m in (without, changed)}
+        assert row(table.long, dataset=dataset, model=changed, metric=f'{short}-minus/{way}/{measure}')['mean'] == pytest.approx(mean[changed] - mean[without])
 
 def test_longer_histories_against_the_same_start(own, runs):
     with pytest.raises(ValueError, match='no run of click_through is one that begins with factors and reads 300 items'): click_through.long_table(click_through.within(runs, ['hi-sam', 'din']))
@@ -338,13 +341,6 @@ def test_longer_histories_against_the_same_start(own, runs):
     assert gain == pytest.approx(mean['hstu'] - mean['din'])
     claims = {c.id: c for c in click_through.HISAM_CLAIMS}
     assert [e.value for e in claims['longer-din'].measure(found) if e.dataset == FILMS] == pytest.approx([gain])
-
-def test_taste_as_a_modality_against_the_same_model_without(runs):
-    table = click_through.taste_table(runs)
-    assert {cells[:2] for cells in table.rows} == {(d, 'Hi-SAM') for d in runs.datasets()}
-    for dataset in runs.datasets():
-        mean = {m: click_through.mean_of(runs, dataset, m, 'test_frozen/gauc')[0] for m in ('hi-sam', 'hi-sam+taste')}
-        assert row(table.long, dataset=dataset, model='hi-sam+taste', metric='taste-minus/frozen/gauc')['mean'] == pytest.approx(mean['hi-sam+taste'] - mean['hi-sam'])
 
 def test_a_change_that_one_data_set_lacks(own):
     """Asked on FILMS alone; of two models one has no run without the change to subtract."""
