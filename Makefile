@@ -20,6 +20,9 @@ PIP     := -m pip install --quiet --disable-pip-version-check
 export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
 export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
 
+# And it takes memory in pages of 2 MB where the system has them, so that what does come anew comes in one piece, not in 512.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
 .DEFAULT_GOAL := help
 .PHONY: help env reproduce test lab plan readme export notebooks check docs bench-env clean
 .SUFFIXES:

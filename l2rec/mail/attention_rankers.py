@@ -8,7 +8,7 @@ __all__ = ['masked_softmax', 'ActivationUnit', 'DIN', 'PositionAttentions', 'DMR
 # %% ../../nbs/mail/02_attention_rankers.ipynb #c02
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, leaky_relu, pad
+from torch.nn.functional import cross_entropy, leaky_relu, linear, pad
 
 from ..baselines.factors import begin_items
 from ..data.batches import ClickBatch
@@ -94,9 +94,10 @@ class PositionAttentions(nn.Module):
         if n > self.position.shape[1]: raise ValueError(f"{n} slots, and positions for {self.position.shape[1]}; make the ranker with slots={n}")
         at = (self.position[:, :n] @ self.of_position).transpose(0, 1).flatten(1) + self.bias   # [L, 2d]
         of_target = pad(self.of_target(target), (e.shape[2], 0))                                      # [B, 2d], nothing for the first attention
-        hidden = self.of_behaviour(e).add_(at).add_(of_target[:, None]).tanh_()                       # [B, L, 2d]
-        a, raw = (hidden @ torch.block_diag(*self.z.split(1)).t()).unbind(2)
-        return a, raw + self.constant
+        half = linear(e, 2 * self.of_behaviour.weight).add_(2 * at).add_(2 * of_target[:, None]).sigmoid_() # [B, L, 2d]; tanh x = 2 sigmoid(2x) - 1
+        a, raw = (half @ (2 * torch.block_diag(*self.z.split(1)).t())).unbind(2)
+        whole = self.z.sum(1)
+        return a - whole[0], raw + (self.constant - whole[1])
 
 # %% ../../nbs/mail/02_attention_rankers.ipynb #c20
 class DMR(Ranker):
