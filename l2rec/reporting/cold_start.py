@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['RANKERS', 'ARMS', 'COMPARATORS', 'EXAMPLE_SKILL', 'MEASURES', 'GROUPS', 'METRICS', 'PAIRED', 'PAPER_NEW_AUC', 'TERMS',
            'TOWER_TERMS', 'REGIMES', 'COUNTERS', 'PREDICTORS', 'MARGIN', 'MAIL_CLAIMS', 'ranker_of', 'arm_of',
-           'cold_order', 'label_of', 'example_clicks', 'example_files', 'example_cold_start_records', 'influences',
-           'over_users_and_seeds', 'seeds_of', 'check_same_draw', 'paired', 'main_models', 'against_alone', 'signed',
-           'gain_over_seeds', 'long_rows', 'gain_cell', 'cold_start_table', 'within', 'pattern_table', 'sorted_out',
-           'rankers_said', 'describe_pattern', 'against_comparators', 'describe_cold_start', 'ranker_styles',
-           'cold_start_figure', 'record_file', 'loss_steps', 'loss_curves_figure', 'loss_falls', 'describe_losses',
-           'hidden_codes', 'codes_figure', 'code_distances', 'describe_codes', 'share_of', 'share_gains',
-           'share_figure', 'describe_shares', 'dropped_of', 'attributes_table', 'describe_attributes', 'regime_of',
-           'under', 'information_table', 'describe_information', 'floor_table', 'describe_floor', 'switches_table',
-           'describe_switches', 'virtual_table', 'describe_virtual', 'cost_table', 'describe_cost', 'beats',
-           'losses_fall', 'untestable']
+           'cold_order', 'label_of', 'example_clicks', 'example_files', 'example_trials', 'example_cold_start_records',
+           'influences', 'over_users_and_seeds', 'seeds_of', 'check_same_draw', 'paired', 'main_models',
+           'against_alone', 'signed', 'gain_over_seeds', 'long_rows', 'gain_cell', 'cold_start_table', 'within',
+           'pattern_table', 'sorted_out', 'rankers_said', 'describe_pattern', 'against_comparators',
+           'describe_cold_start', 'ranker_styles', 'cold_start_figure', 'record_file', 'loss_steps',
+           'loss_curves_figure', 'loss_falls', 'describe_losses', 'hidden_codes', 'codes_figure', 'code_distances',
+           'describe_codes', 'share_of', 'share_gains', 'share_figure', 'describe_shares', 'dropped_of',
+           'attributes_table', 'describe_attributes', 'regime_of', 'under', 'information_table', 'describe_information',
+           'floor_table', 'describe_floor', 'switches_table', 'describe_switches', 'virtual_table', 'describe_virtual',
+           'cost_table', 'describe_cost', 'describe_time', 'tuning_table', 'describe_tuning', 'beats', 'losses_fall',
+           'untestable']
 
 # %% ../../nbs/reporting/03_cold_start.ipynb #c02
 import re
@@ -103,6 +104,12 @@ def example_files(model: str, seed: int) -> dict[str, pl.DataFrame]:
         files['codes.csv'] = pl.DataFrame({'code': ['p'] * 80 + ['q'] * 80, 'x': xy[:, 0], 'y': xy[:, 1], 'arm': [arm] * 160})
     return files
 
+def example_trials(model: str) -> pl.DataFrame:
+    "A made-up log of a search: two trials of each of three arms."
+    auc = {arm: .70 + .1 * skill for arm, skill in EXAMPLE_SKILL.items() if arm in ('', 'mail-base', 'llae')}
+    return pl.DataFrame([{'trial': 2 * k + n, 'arm': arm, 'lr': (.001, .002)[n], 'dropout': (.2, .1)[n], 'validation/auc': value + (-.01, .01)[n if model == 'basednn' else arm == ''],
+                          'epochs': 4, 'seconds': 10. + n} for k, (arm, value) in enumerate(auc.items()) for n in range(2)])
+
 # %% ../../nbs/reporting/03_cold_start.ipynb #c12
 def example_cold_start_records(
     results: str | Path, # a folder of one's own, never the compendium's results
@@ -111,7 +118,7 @@ def example_cold_start_records(
     rankers: Sequence[str] = ('basednn', 'dmr', 'din'),
     seeds: int = 3,
 ) -> Path:
-    "Made-up records of the experiment cold_start under `results/<profile>/runs`, for lessons and tests."
+    "Made-up records of the experiments cold_start and cold_start_search under `results/<profile>/runs`, for lessons and tests."
     def put(dataset, model, seed, skill, share=.4):
         metrics, per_user = example_clicks(model, skill, seed, list(datasets).index(dataset), share)
         arm = arm_of(model)
@@ -119,8 +126,11 @@ def example_cold_start_records(
         if arm == 'mail-base' and dataset == datasets[0]:
             metrics |= {f'virtual/{p}/{m}': v + .01 * seed * c for p, c, e in (('mail', .6, .5), ('mean', .4, .7), ('neighbour', .5, .8)) for m, v in (('cosine', c), ('mse', e))}
         write_record(record_path(results, profile, 'cold_start', dataset, ranker_of(model), arm, seed), metrics, per_user, None,
-                     {'seed': seed, 'parameters_trained': 50_000 + 4_000 * len(arm)}, example_files(model, seed) if arm in ARMS else None)
+                     {'seed': seed, 'parameters_trained': 50_000 + 4_000 * len(arm), 'wall_seconds': 30., 'threads': 1}, example_files(model, seed) if arm in ARMS else None)
     for dataset in datasets:
+        for ranker in rankers:
+            write_record(record_path(results, profile, 'cold_start_search', dataset, ranker), {'search/trials': 6.}, None, example_trials(ranker),
+                         {'seed': 0, 'parameters': {'train_users': .2 if dataset == datasets[0] else 1.}, 'wall_seconds': 65., 'threads': 1})
         for seed in range(seeds):
             for ranker in rankers:
                 for arm, skill in EXAMPLE_SKILL.items(): put(dataset, named(ranker, arm), seed, skill)
@@ -835,6 +845,50 @@ def describe_cost(table: Table, arm: str = 'mail-base') -> str:
     own, dearest = found.filter(pl.col('model').str.ends_with(f'+{arm}')), found.sort('mean', maintain_order=True).row(-1, named=True)
     text = f"{ARMS.get(arm, arm)} trains {own['mean'].min():.2f} to {own['mean'].max():.2f} times as long as its ranker alone. " if own.height else ''
     return text + f"The dearest of all is {label_of(dearest['model'])} on {dearest['dataset']}, {dearest['mean']:.2f} times."
+
+def describe_time(
+    *experiments: Runs, # those that are the whole together
+) -> str:
+    "Markdown: how long all these runs took, one after another and two at a time."
+    provenance = [record.provenance for runs in experiments for record in runs.records.values()]
+    minutes, threads = sum(found['wall_seconds'] for found in provenance) / 60, sorted({found['threads'] for found in provenance})
+    parts = listed(f'{len(runs.records)} of {runs.experiment}' for runs in experiments)
+    return (f"The whole experiment, {len(provenance)} runs ({parts}), took {minutes:.0f} minutes one after another, on {' or '.join(map(str, threads))} thread{'s' * (threads != [1])} each; "
+            f"two at a time that is {minutes / 2:.0f} minutes, without what it takes to start them.")
+
+# %% ../../nbs/reporting/03_cold_start.ipynb #c92b
+def tuning_table(
+    runs: Runs, # of the experiment cold_start_search
+    name: str = 'cold-start-search',
+) -> Table:
+    "A row a dataset, ranker and arm: the best of its trials by validation AUC, how many there were, and their seconds."
+    long, rows = [], []
+    for (dataset, ranker, _), record in sorted(runs.records.items(), key=lambda r: (r[0][0], cold_order([q for _, q, _ in runs.records]).index(r[0][1]), r[0][2])):
+        trials = record.history()
+        tried = [c for c in trials.columns if c not in ('trial', 'arm', 'epochs', 'seconds') and not c.startswith('validation/')]
+        for (arm,), own in trials.with_columns(pl.col('arm').fill_null('')).group_by('arm', maintain_order=True):
+            best = own.row(int(own['validation/auc'].arg_max()), named=True)
+            chosen = ', '.join(f"{p} {best[p]:g}" if isinstance(best[p], (int, float)) else f'{p} {best[p]}' for p in tried)
+            numbers = {'validation/auc': best['validation/auc'], 'search/trials': float(own.height), 'search/seconds': float(own['seconds'].sum())}
+            long += [(dataset, named(ranker, arm), metric, value, None, 1, None, None) for metric, value in numbers.items()]
+            rows.append((dataset, RANKERS.get(ranker, ranker), ARMS.get(arm, arm), number(best['validation/auc']), str(own.height), f"{numbers['search/seconds']:,.0f}", chosen))
+    heads = (('', 'dataset'), ('', 'ranker'), ('', 'arm'), ('', 'validation AUC'), ('', 'trials'), ('', 'seconds'), ('', 'chosen'))
+    return Table(name, pl.DataFrame(long, schema=LONG, orient='row'), heads, tuple(rows), 'The best trial of each arm by validation AUC (one seed; the test part is not looked at), and what its trials took.')
+
+def describe_tuning(
+    runs: Runs, # of the experiment cold_start_search
+) -> str:
+    "Markdown, a line a dataset: the trials of each arm, the users that they trained on, and whether the arms chose what their ranker alone chose."
+    rows, lines = tuning_table(runs).rows, []
+    for dataset in runs.datasets():
+        own = [r for r in rows if r[0] == dataset]
+        counts, alone = sorted({int(r[4]) for r in own}), {r[1]: r[6] for r in own if r[2] == ARMS['']}
+        arms = [r for r in own if r[2] != ARMS[''] and r[1] in alone]
+        same = sum(r[6] == alone[r[1]] for r in arms)
+        share = min(record.provenance['parameters'].get('train_users', 1.) for key, record in runs.records.items() if key[0] == dataset)
+        budget = f'every arm had {counts[0]} trials' if len(counts) == 1 else f'**the budgets differ**: {counts[0]} to {counts[-1]} trials'
+        lines.append(f"- **{dataset}**: {budget}{f', trained on {100 * share:.0f} % of the users' if share < 1 else ''}; {same} of {len(arms)} arms chose what their ranker alone chose.")
+    return '\n'.join(lines)
 
 # %% ../../nbs/reporting/03_cold_start.ipynb #c94
 MARGIN = .002   # AUC
