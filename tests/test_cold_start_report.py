@@ -196,6 +196,18 @@ def test_attributes_switches_virtual_and_cost(made, runs):
 
 # ---- figures
 
+def test_the_best_trial_of_each_arm_and_unequal_budgets(tmp_path):
+    "A log in which the ranker alone had a trial more, and one of two arms chose otherwise."
+    trials = [('', .001, .70), ('', .002, .74), ('', .004, .72), ('llae', .001, .69), ('llae', .002, .71), ('mail-base', .001, .73), ('mail-base', .002, .72)]
+    log = [{'trial': n, 'arm': arm, 'lr': rate, 'pool': 'mean', 'validation/auc': auc, 'validation/new/auc': 0., 'epochs': 2, 'seconds': 10.} for n, (arm, rate, auc) in enumerate(trials)]
+    write_record(record_path(tmp_path, 'demo', 'cold_start_search', 'films', 'dmr'), {'search/trials': 7.}, None, log, {'seed': 0, 'parameters': {'train_users': .25}, 'wall_seconds': 240., 'threads': 2})
+    search = tables.read_experiment(tmp_path, 'demo', 'cold_start_search', per_user=False)
+    assert [r[2:] for r in cold_start.tuning_table(search).rows] == [('alone', '.7400', '3', '30', 'lr 0.002, pool mean'), ('LLAE', '.7100', '2', '20', 'lr 0.002, pool mean'),
+                                                                     ('MAIL-Base', '.7300', '2', '20', 'lr 0.001, pool mean')]
+    assert cold_start.describe_tuning(search) == '- **films**: **the budgets differ**: 2 to 3 trials, trained on 25 % of the users; 1 of 2 arms chose what their ranker alone chose.'
+    assert cold_start.describe_time(search) == ('The whole experiment, 1 run (1 of cold_start_search), took 4 minutes one after another, on 2 threads each; two at a time that is 2 minutes, '
+                                                'without what it takes to start them.')
+
 def test_the_csv_holds_what_is_drawn(gains):
     figure, data = cold_start.cold_start_figure(gains)
     drawn = sorted(round(float(line.get_xdata()[0]), 9) for ax in figure.axes for line in ax.lines if line.get_marker() not in ('None', '', None))

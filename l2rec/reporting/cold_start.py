@@ -107,7 +107,7 @@ def example_files(model: str, seed: int) -> dict[str, pl.DataFrame]:
 def example_trials(model: str) -> pl.DataFrame:
     "A made-up log of a search: two trials of each of three arms."
     auc = {arm: .70 + .1 * skill for arm, skill in EXAMPLE_SKILL.items() if arm in ('', 'mail-base', 'llae')}
-    return pl.DataFrame([{'trial': 2 * k + n, 'arm': arm, 'lr': (.001, .002)[n], 'dropout': (.2, .1)[n], 'validation/auc': value + (-.01, .01)[n if model == 'basednn' else arm == ''],
+    return pl.DataFrame([{'trial': 2 * k + n, 'arm': arm, 'lr': (.001, .002)[n], 'dropout': (.2, .1)[n], 'validation/auc': value + (-.01, .01)[n if model == 'basednn' or not arm else 1 - n],
                           'epochs': 4, 'seconds': 10. + n} for k, (arm, value) in enumerate(auc.items()) for n in range(2)])
 
 # %% ../../nbs/reporting/03_cold_start.ipynb #c12
@@ -853,7 +853,7 @@ def describe_time(
     provenance = [record.provenance for runs in experiments for record in runs.records.values()]
     minutes, threads = sum(found['wall_seconds'] for found in provenance) / 60, sorted({found['threads'] for found in provenance})
     parts = listed(f'{len(runs.records)} of {runs.experiment}' for runs in experiments)
-    return (f"The whole experiment, {len(provenance)} runs ({parts}), took {minutes:.0f} minutes one after another, on {' or '.join(map(str, threads))} thread{'s' * (threads != [1])} each; "
+    return (f"The whole experiment, {len(provenance)} run{'s' * (len(provenance) != 1)} ({parts}), took {minutes:.0f} minutes one after another, on {' or '.join(map(str, threads))} thread{'s' * (threads != [1])} each; "
             f"two at a time that is {minutes / 2:.0f} minutes, without what it takes to start them.")
 
 # %% ../../nbs/reporting/03_cold_start.ipynb #c92b
