@@ -194,8 +194,6 @@ def test_attributes_switches_virtual_and_cost(made, runs):
     by_hand = (20 + 18) / 20
     assert row(cost.long, model='din+mail-base', metric='ratio/train_seconds')['mean'] == pytest.approx(by_hand)
 
-# ---- figures
-
 def test_the_best_trial_of_each_arm_and_unequal_budgets(tmp_path):
     "A log in which the ranker alone had a trial more, and one of two arms chose otherwise."
     trials = [('', .001, .70), ('', .002, .74), ('', .004, .72), ('llae', .001, .69), ('llae', .002, .71), ('mail-base', .001, .73), ('mail-base', .002, .72)]
@@ -207,6 +205,8 @@ def test_the_best_trial_of_each_arm_and_unequal_budgets(tmp_path):
     assert cold_start.describe_tuning(search) == '- **films**: **the budgets differ**: 2 to 3 trials, trained on 25 % of the users; 1 of 2 arms chose what their ranker alone chose.'
     assert cold_start.describe_time(search) == ('The whole experiment, 1 run (1 of cold_start_search), took 4 minutes one after another, on 2 threads each; two at a time that is 2 minutes, '
                                                 'without what it takes to start them.')
+
+# ---- figures
 
 def test_the_csv_holds_what_is_drawn(gains):
     figure, data = cold_start.cold_start_figure(gains)

@@ -39,7 +39,7 @@ from matplotlib.figure import Figure
 
 from ..evaluation.significance import check_same_users, holm, seed_interval, seed_spread
 from .claims import Claim, Effect
-from .cold_start import PAIRED, gain_cell, influences, long_rows, over_users_and_seeds, record_file, signed, sorted_out, untestable, within
+from .cold_start import PAIRED, gain_cell, influences, long_rows, over_users_and_seeds, record_file, said_choice, signed, sorted_out, untestable, within
 from .figures import RC, direct_labels, panels
 from .tables import LONG, MissingRecords, Runs, Table, bracket, brief, listed, missing_note, named, number, read_experiment, training_seconds
 from ..training.records import record_path, write_record
@@ -1222,10 +1222,8 @@ def click_search_table(
         number_of = value.get((*key, 'search/trials'), float(trials.height) if trials.height else None)
         numbers = {'validation/auc': value.get((*key, 'validation/auc')), 'search/trials': number_of, 'search/seconds': value.get((*key, 'search/seconds'))}
         long += [(key[0], key[1], m, v, None, 1, None, None) for m, v in numbers.items() if v is not None]
-        said = [', '.join(f"{k.replace('_', ' ')} {v:g}" if isinstance(v, (int, float)) and not isinstance(v, bool) else f"{k.replace('_', ' ')} {v}" for k, v in own.items()) for own in choices(runs.records[key]).values()]
-        names = [named(key[1], v) for v in choices(runs.records[key])] or [key[1]]
-        for model, text in zip(names, said or ['–']):
-            rows.append((key[0], name_of(model), number(numbers['validation/auc']), '–' if number_of is None else f'{number_of:.0f}', '–' if numbers['search/seconds'] is None else f"{numbers['search/seconds']:,.0f}", text))
+        for variant, own in (choices(runs.records[key]) or {'': {}}).items():
+            rows.append((key[0], name_of(named(key[1], variant)), number(numbers['validation/auc']), '–' if number_of is None else f'{number_of:.0f}', '–' if numbers['search/seconds'] is None else f"{numbers['search/seconds']:,.0f}", said_choice(own) or '–'))
     return Table(name, pl.DataFrame(long, schema=LONG, orient='row'), (('', 'dataset'), ('', 'model'), ('', 'validation AUC'), ('', 'trials'), ('', 'seconds'), ('', 'chosen')), tuple(rows),
                  'The best trial of each search by validation AUC (one seed; the test part is not looked at), and what the search spent.')
 

@@ -14,8 +14,8 @@ __all__ = ['RANKERS', 'ARMS', 'COMPARATORS', 'EXAMPLE_SKILL', 'MEASURES', 'GROUP
            'describe_codes', 'share_of', 'share_gains', 'share_figure', 'describe_shares', 'dropped_of',
            'attributes_table', 'describe_attributes', 'regime_of', 'under', 'information_table', 'describe_information',
            'floor_table', 'describe_floor', 'switches_table', 'describe_switches', 'virtual_table', 'describe_virtual',
-           'cost_table', 'describe_cost', 'describe_time', 'tuning_table', 'describe_tuning', 'beats', 'losses_fall',
-           'untestable']
+           'cost_table', 'describe_cost', 'describe_time', 'said_choice', 'tuning_table', 'describe_tuning', 'beats',
+           'losses_fall', 'untestable']
 
 # %% ../../nbs/reporting/03_cold_start.ipynb #c02
 import re
@@ -857,21 +857,27 @@ def describe_time(
             f"two at a time that is {minutes / 2:.0f} minutes, without what it takes to start them.")
 
 # %% ../../nbs/reporting/03_cold_start.ipynb #c92b
+def said_choice(
+    parameters: dict, # what a search chose
+) -> str:
+    "`lr 0.001, dropout 0.2, pool mean`."
+    def said(value): return f'{value:g}' if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
+    return ', '.join(f"{name.replace('_', ' ')} {said(value)}" for name, value in parameters.items())
+
 def tuning_table(
     runs: Runs, # of the experiment cold_start_search
     name: str = 'cold-start-search',
 ) -> Table:
     "A row a dataset, ranker and arm: the best of its trials by validation AUC, how many there were, and their seconds."
-    long, rows = [], []
-    for (dataset, ranker, _), record in sorted(runs.records.items(), key=lambda r: (r[0][0], cold_order([q for _, q, _ in runs.records]).index(r[0][1]), r[0][2])):
-        trials = record.history()
+    long, rows, order = [], [], cold_order(runs.models())
+    for dataset, ranker, seed in sorted(runs.records, key=lambda key: (key[0], order.index(key[1]), key[2])):
+        trials = runs.records[dataset, ranker, seed].history()
         tried = [c for c in trials.columns if c not in ('trial', 'arm', 'epochs', 'seconds') and not c.startswith('validation/')]
         for (arm,), own in trials.with_columns(pl.col('arm').fill_null('')).group_by('arm', maintain_order=True):
             best = own.row(int(own['validation/auc'].arg_max()), named=True)
-            chosen = ', '.join(f"{p} {best[p]:g}" if isinstance(best[p], (int, float)) else f'{p} {best[p]}' for p in tried)
             numbers = {'validation/auc': best['validation/auc'], 'search/trials': float(own.height), 'search/seconds': float(own['seconds'].sum())}
             long += [(dataset, named(ranker, arm), metric, value, None, 1, None, None) for metric, value in numbers.items()]
-            rows.append((dataset, RANKERS.get(ranker, ranker), ARMS.get(arm, arm), number(best['validation/auc']), str(own.height), f"{numbers['search/seconds']:,.0f}", chosen))
+            rows.append((dataset, RANKERS.get(ranker, ranker), ARMS.get(arm, arm), number(best['validation/auc']), str(own.height), f"{numbers['search/seconds']:,.0f}", said_choice({p: best[p] for p in tried})))
     heads = (('', 'dataset'), ('', 'ranker'), ('', 'arm'), ('', 'validation AUC'), ('', 'trials'), ('', 'seconds'), ('', 'chosen'))
     return Table(name, pl.DataFrame(long, schema=LONG, orient='row'), heads, tuple(rows), 'The best trial of each arm by validation AUC (one seed; the test part is not looked at), and what its trials took.')
 
