@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from l2rec.baselines.ease import EASE, ease_weights
-from l2rec.baselines.factors import begin_items, factorise, solve_rows
+from l2rec.baselines.like_rate import training_answers
+from l2rec.baselines.factors import UserVectors, begin_items, factorise, solve_rows
 from l2rec.baselines.item_knn import ItemKNN, LastItemKNN, cosine_counts, interaction_matrix
 from l2rec.baselines.popularity import Popularity
 from l2rec.data.batches import Targets
@@ -224,6 +225,33 @@ def test_items_begin_with_training_ratings_alone(split):
                                             (dict(width=0), "width=0"), (dict(penalty=0.), "penalty=0.0")])
 def test_items_that_cannot_begin(split, wrong, message):
     with pytest.raises(ValueError, match=message): begin_items(**{**dict(table=torch.zeros(split.n_items, 6), split=split), **wrong})
+
+
+def test_vectors_of_users_are_the_factorisation_and_learn(split):
+    beside = UserVectors(split.n_users, split.n_items, width=3).begin(split, penalty=.5).double()
+    user, item, rating = training_answers(split, None)
+    f = factorise(user, item, (rating - rating.mean()) / rating.std(), split.n_users, split.n_items, 3, .5)
+    with torch.no_grad(): beside.gain.fill_(1.7)
+    who, what = (torch.from_numpy(x) for x in np.divmod(np.arange(split.n_users * split.n_items), split.n_items))
+    expected = [1.7 * (f.user_bias[u] + f.item_bias[i] + sum(f.user[u, k] * f.item[i, k] for k in range(3))) for u, i in zip(who.tolist(), what.tolist())]
+    out = beside(who, what)
+    torch.testing.assert_close(out, torch.tensor(expected), atol=1e-5, rtol=1e-5)             # the tables are written in single precision
+    torch.testing.assert_close(beside(torch.full_like(what, -1), what), torch.tensor(1.7 * f.item_bias[what.numpy()]), atol=1e-6, rtol=1e-5)
+    out.sum().backward()
+    assert all(p.grad.any() for p in beside.parameters())
+
+
+def test_a_user_without_training_answers_has_a_row_of_zeros(split):
+    fresh = replace(split, train_user=np.arange(split.n_users) != 2)
+    beside = UserVectors(split.n_users, split.n_items, width=3).begin(fresh, penalty=.5)
+    what = torch.arange(split.n_items)
+    assert not beside.user.weight[2].any() and beside.user.weight[1].any()
+    assert torch.equal(beside(torch.full_like(what, 2), what), beside(torch.full_like(what, -1), what))
+
+
+def test_vectors_of_users_for_another_split_or_of_no_width(split):
+    with pytest.raises(ValueError, match=f"vectors of 3 users and {split.n_items} items, and the split has {split.n_users}"): UserVectors(3, split.n_items).begin(split)
+    with pytest.raises(ValueError, match="width=0: at least 1"): UserVectors(3, 3, width=0)
 
 
 def test_items_cannot_begin_without_ratings(split):

@@ -243,6 +243,22 @@ def test_items_that_begin_with_factors_change_the_vectors_of_items_alone(split, 
     assert begun.item_vectors.weight.grad.any()
 
 
+@pytest.mark.parametrize("cls, more", [(IdTransformer, {}), (HSTUClicks, {}), (HiSAM, {})])
+def test_vectors_of_users_are_added_to_the_logit_and_leave_the_network_as_it_was(split, cls, more):
+    plain, known = (build(cls, split, 3, items=ItemSide(ids(split)), width=16, max_length=6, user_vector=switch, **more).eval() for switch in (False, True))
+    own = dict(plain.named_parameters())
+    assert all(torch.equal(p, own[name]) for name, p in known.named_parameters() if name in own)
+    assert {name for name, _ in known.named_parameters()} - set(own) == {"user_vectors.user.weight", "user_vectors.item.weight", "user_vectors.gain"}
+    batch = HistoryWindows(split, "train", max_length=6)[np.arange(5)]
+    of_user = known.user_vectors
+    torch.testing.assert_close(known(batch), plain(batch) + of_user.gain * torch.stack(
+        [of_user.user.weight[u, :-1] @ of_user.item.weight[i, :-1] + of_user.user.weight[u, -1] + of_user.item.weight[i, -1] for u, i in zip(batch.user, batch.candidate)]))
+    asked = next(iter(ClickData(split, 8, max_length=6).val_dataloader()))
+    torch.testing.assert_close(known(asked) - plain(asked), of_user(asked.user, asked.candidate))
+    known.train().loss(batch)[0].backward()
+    assert of_user.user.weight.grad[batch.window].any()
+
+
 def test_a_model_without_vectors_of_items_has_none_to_begin(split):
     assert build(HiSAM, split, 0, items=ItemSide(ids(split)), width=16).item_vectors is None
     with pytest.raises(ValueError, match="HiSAM has no vector for each item; give item_id=True"): build(HiSAM, split, 0, items=ItemSide(ids(split)), width=16, item_start="factors")

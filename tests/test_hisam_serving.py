@@ -1,6 +1,7 @@
 """The kept memory against full forward passes, its ring of slots against a written-out window, and models and ids that do not belong."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from test_hisam_transformer import ids, modalities
 from worlds import random_dataset
 
 SWITCHES = [dict(), dict(layers=1), dict(layers=3), dict(memory="all"), dict(memory="all", anchor="none", positions="flat"), dict(anchor="first"), dict(anchors_see_anchors=False, layers=3),
-            dict(item_id=True)]
+            dict(item_id=True), dict(user_vector=True)]
 LENGTHS = (7, 0, 3, 1, 10)
 
 
@@ -211,3 +212,15 @@ def test_other_tokens_are_saved_and_loaded(split, cls, tmp_path):
     again = load_model(save_model(model, split, tmp_path), split, ItemSide(ids(split), modalities(split)))
     past, candidates = histories(split.n_items), torch.randint(0, split.n_items, (5, 2))
     assert torch.equal(score(again, build(again, past), candidates), score(model, build(model, past), candidates))
+
+
+def test_a_user_of_whom_a_model_with_vectors_of_users_knows_nothing(split, tmp_path):
+    model, past = made(split, user_vector=True), histories(split.n_items)
+    candidates = torch.arange(6).repeat(len(past.window), 1)
+    known, nobody = score(model, build(model, past), candidates), score(model, build(model, replace(past, window=torch.full_like(past.window, -1))), candidates)
+    of = model.user_vectors
+    torch.testing.assert_close(known - nobody, of(past.window[:, None].expand_as(candidates), candidates) - of.gain * of.item.weight[:6, -1])
+    with pytest.raises(DataError, match=f"user row {split.n_users}: one of the model's users, 0 to {split.n_users - 1}, or -1"): build(model, replace(past, window=past.window + split.n_users - int(past.window[0])))
+    save_model(model, split, tmp_path)
+    torch.testing.assert_close(score(load_model(tmp_path, split, ItemSide(ids(split))), build(model, past), candidates), known)
+    with pytest.raises(DataError, match="the model has vectors of other users"): load_model(tmp_path, replace(split, user_id=split.user_id + 1), ItemSide(ids(split)))

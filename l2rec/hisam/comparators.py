@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, trainers
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag, pad, silu
 
-from ..baselines.factors import factorise
+from ..baselines.factors import UserVectors, factorise
 from ..baselines.like_rate import item_like_rate, training_answers
 from ..data.splits import Split, training_counts
 from .histories import GAPS
@@ -57,18 +57,20 @@ class HSTUClicks(WindowModel):
 
     tokenizer = None
 
-    def __init__(self, n_items: int, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, max_length: int = 100, forget: float = 0.):
+    def __init__(self, n_items: int, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, max_length: int = 100, forget: float = 0., n_users: int = 0):
         super().__init__(max_length, forget)
         if layers < 1 or heads < 1 or width % heads: raise ValueError(f"width={width}, layers={layers}, heads={heads}: at least 1 layer, and a width that the heads divide")
         self.item, self.feedback, self.gap, self.drop = learned_table(n_items, width), learned_table(3, width), learned_table(GAPS, width), Dropout(dropout)
         self.layers = nn.ModuleList(HSTULayer(width, heads, dropout, max_length) for _ in range(layers))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU("tanh"), nn.Linear(width, 1))
+        if n_users: self.user_vectors = UserVectors(n_users, n_items)
 
     @classmethod
     def from_split(cls, split: Split, items: ItemSide | None = None, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, max_length: int = 100, forget: float = 0.,
                    item_start: str = "random", # how the vectors of items begin, see `begin_items`
+                   user_vector: bool = False,  # a factorisation beside the network, see `UserVectors`
                    ) -> "HSTUClicks":
-        return begun(cls(split.n_items, width, layers, heads, dropout, max_length, forget), split, item_start)
+        return begun(cls(split.n_items, width, layers, heads, dropout, max_length, forget, split.n_users * user_vector), split, item_start)
 
     @property
     def item_vectors(self) -> nn.Embedding: return self.item

@@ -33,6 +33,7 @@ class Memory:
     seen: Tensor           # Int[B], items that each user has ever had; min(seen, S) slots are filled
     most: int              # filled slots of the fullest user, on the host
     source: str            # of the model's tokens
+    user: Tensor           # Int[B], user rows; read by a model with vectors of users alone, to whom -1 is somebody unknown
 
     def __len__(self) -> int: return len(self.seen)
 
@@ -50,8 +51,10 @@ class Memory:
 def build(model: ItemTransformer,
           histories: Histories,   # every item of each window is history; `asked` is not read
           ) -> Memory:
-    "The memory of B users from their histories, one pass. Of a history longer than max_length the newest items are read."
+    "The memory of B users from their histories, one pass. Of a history longer than max_length the newest items are read. Raises `DataError` for a user of whom a model with vectors of users has none."
     model.eval()
+    if model.user_vectors is not None:
+        _all_are("user row", histories.window, (histories.window >= -1) & (histories.window < len(model.user_vectors.user.weight)), f"one of the model's users, 0 to {len(model.user_vectors.user.weight) - 1}, or -1 for somebody whom training never met")
     size, ends = model.max_length, histories.offsets[1:]
     index, offsets = window_index(torch.maximum(histories.offsets[:-1], ends - size), ends)
     (item, real), (feedback, _), (gap, _) = (padded(x[index], offsets) for x in (histories.item, histories.feedback, histories.gap))
@@ -62,7 +65,7 @@ def build(model: ItemTransformer,
         keys.append(k.new_zeros(b, h, d, size, m).permute(0, 3, 4, 1, 2))
         values.append(v.new_zeros(b, h, size, m, d).permute(0, 2, 3, 1, 4))
         for slots, new in ((keys[-1], k), (values[-1], v)): torch.mul(new, real[..., None, None, None], out=slots[:, :n])
-    return Memory(keys, values, offsets.diff(), min(size, int(histories.length.max())), model.source)
+    return Memory(keys, values, offsets.diff(), min(size, int(histories.length.max())), model.source, histories.window)
 
 # %% ../../nbs/hisam/11_serving.ipynb #c10
 def _check(model: ItemTransformer, memory: Memory) -> None:
@@ -115,7 +118,8 @@ def score(model: ItemTransformer, memory: Memory,
     x = model.item_tokens(candidates) + model.states(None, gap[:, None])
     if before is not None: before = before.expand_as(candidates)
     for n, (k, v) in enumerate(zip(memory.keys, memory.values)): x = model.candidate_layer(n, x, by, k[:, :memory.most], v[:, :memory.most], before)
-    return model.read(x)
+    logits = model.read(x)
+    return logits if model.user_vectors is None else logits + model.user_vectors(memory.user[:, None].expand_as(candidates), candidates)
 
 # %% ../../nbs/hisam/11_serving.ipynb #c15
 @torch.inference_mode()
@@ -151,7 +155,7 @@ def save_model(model: ItemTransformer, split: Split, folder: Path | str) -> Path
     "Write weights and settings; each file appears whole or not at all."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    about = dict(tokens=type(model.tokens).__name__, settings=model.settings, source=model.source, items=_digest(split.item_id), n_items=split.n_items)
+    about = dict(tokens=type(model.tokens).__name__, settings=model.settings, source=model.source, items=_digest(split.item_id), n_items=split.n_items, users=_digest(split.user_id) if model.user_vectors is not None else "")
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors.partial")
     (folder / "model.json.partial").write_text(json.dumps(about, indent=1))
     for name in ("model.safetensors", "model.json"): os.replace(folder / f"{name}.partial", folder / name)
@@ -169,6 +173,8 @@ def load_model(folder: Path | str, split: Split, items: ItemSide) -> ItemTransfo
     if about["items"] != _digest(split.item_id):
         raise DataError(f"{folder}: the model was trained on another catalogue ({about['n_items']} items, here {split.n_items}, or other ids); "
                         "load it with the split that it was trained on")
+    if about["settings"].get("n_users") and about.get("users") != _digest(split.user_id):
+        raise DataError(f"{folder}: the model has vectors of other users ({about['settings']['n_users']}, here {split.n_users}, or other ids); load it with the split that it was trained on")
     width, kind = about["settings"]["width"], about["tokens"]
     tokens = (IdTokens(split.n_items, width) if kind == "IdTokens" else items.codes(split, width, "the model") if kind == "CodeTokens" else items.features(split, width, "the model"))
     if tokens.source != about["source"]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
-from ..baselines.factors import begin_items
+from ..baselines.factors import UserVectors, begin_items
 from ..data.batches import ClickBatch, padded
 from ..data.splits import Split
 from .attention import hierarchical_attention
@@ -203,6 +203,7 @@ class WindowModel(Click):
         if max_length < 1: raise ValueError(f"max_length={max_length}: at least 1")
         if not 0 <= forget <= 1: raise ValueError(f"forget={forget}: a share, from 0 to 1")
         self.max_length, self.forget = max_length, forget
+        self.user_vectors: UserVectors | None = None
 
     @property
     def item_vectors(self) -> nn.Embedding | None:
@@ -223,11 +224,13 @@ class WindowModel(Click):
     def forward(self, batch: Histories | ClickBatch) -> Tensor:
         "Logits, Float[Q], of the questions of the batch."
         w = self.window(batch)
-        return self.answer(w)[w.asked]
+        logits = self.answer(w)[w.asked]
+        return logits if self.user_vectors is None else logits + self.user_vectors(batch.user, batch.candidate)
 
 
 def begun(model: WindowModel, split: Split, start: str) -> WindowModel:
-    "The model, its vectors of items begun as `begin_items` says. Raises `ValueError` for a model without such vectors."
+    "The model, its vectors of users begun with factors where it has some, and those of items as `begin_items` says. Raises `ValueError` for a model without vectors of items."
+    if model.user_vectors is not None: model.user_vectors.begin(split)
     if start == "random": return model
     if model.item_vectors is None: raise ValueError(f"item_start={start!r}: {type(model).__name__} has no vector for each item" + ("; give item_id=True" if hasattr(model, "item_id") else ""))
     begin_items(model.item_vectors.weight, split, start)
@@ -260,7 +263,8 @@ class ItemTransformer(WindowModel):
                  item_id: bool = False,           # a learned vector of the item is added to its anchor, or to its last token
                  similar_start: bool = False,     # attention begins as similarity, see `Block.begin_similar`
                  max_length: int = 100,           # items before a question, at most
-                 forget: float = 0.):             # share of the training questions that see a shorter history
+                 forget: float = 0.,              # share of the training questions that see a shorter history
+                 n_users: int = 0):               # with a vector for each of so many users, see `UserVectors`; 0: a user is known by the history alone
         "Raises `ValueError` for a switch that is unknown, or switches that exclude each other."
         super().__init__(max_length, forget)
         for name, value, known in (("memory", memory, MEMORIES), ("anchor", anchor, ANCHORS), ("anchor_start", anchor_start, STARTS)):
@@ -269,7 +273,8 @@ class ItemTransformer(WindowModel):
             raise ValueError("anchor='none': there is no anchor that could be the memory; give memory='all' and anchors_see_anchors=True")
         if layers < 1 or heads < 1 or width % heads: raise ValueError(f"width={width}, layers={layers}, heads={heads}: at least 1 layer, and a width that the heads divide")
         self.settings = dict(width=width, layers=layers, heads=heads, dropout=dropout, memory=memory, positions=positions, anchor=anchor,
-                             anchors_see_anchors=anchors_see_anchors, anchor_start=anchor_start, item_id=item_id, similar_start=similar_start, max_length=max_length, forget=forget)
+                             anchors_see_anchors=anchors_see_anchors, anchor_start=anchor_start, item_id=item_id, similar_start=similar_start, max_length=max_length, forget=forget, n_users=n_users)
+        if n_users: self.user_vectors = UserVectors(n_users, tokens.n_items)
         self.tokens, self.n_tokens, self.source = tokens, tokens.n_tokens + (anchor != "none"), tokens.source
         self.place = {"last": self.n_tokens - 1, "first": 0, "none": None}[anchor]                    # of the anchor
         self.offered = slice(self.place, self.place + 1) if memory == "anchor" else slice(0, self.n_tokens)
@@ -414,8 +419,9 @@ class HiSAM(ItemTransformer):
                    positions: str = "hierarchical", anchor: str = "last", anchors_see_anchors: bool = True, anchor_start: str = "learned", item_id: bool = False,
                    similar_start: bool = False, max_length: int = 100, forget: float = 0.,
                    item_start: str = "random", # how the vectors of `item_id` begin, see `begin_items`
+                   user_vector: bool = False,  # a factorisation beside the network, see `UserVectors`
                    ) -> "HiSAM":
-        return begun(cls(items.codes(split, width, cls.__name__), width, layers, heads, dropout, memory, positions, anchor, anchors_see_anchors, anchor_start, item_id, similar_start, max_length, forget), split, item_start)
+        return begun(cls(items.codes(split, width, cls.__name__), width, layers, heads, dropout, memory, positions, anchor, anchors_see_anchors, anchor_start, item_id, similar_start, max_length, forget, split.n_users * user_vector), split, item_start)
 
 
 class SemanticTransformer(ItemTransformer):
@@ -445,5 +451,5 @@ class IdTransformer(ItemTransformer):
 
     @classmethod
     def from_split(cls, split: Split, items: ItemSide | None = None, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, similar_start: bool = False, max_length: int = 100, forget: float = 0.,
-                   item_start: str = "random") -> "IdTransformer":
-        return begun(cls(IdTokens(split.n_items, width), width, layers, heads, dropout, "all", "flat", "none", similar_start=similar_start, max_length=max_length, forget=forget), split, item_start)
+                   item_start: str = "random", user_vector: bool = False) -> "IdTransformer":
+        return begun(cls(IdTokens(split.n_items, width), width, layers, heads, dropout, "all", "flat", "none", similar_start=similar_start, max_length=max_length, forget=forget, n_users=split.n_users * user_vector), split, item_start)
