@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch.nn.functional import gelu, layer_norm, silu
 
+from l2rec.baselines.factors import factorise
+from l2rec.baselines.like_rate import training_answers
 from l2rec.data.batches import ClickData
 from l2rec.data.dataset import DataError
 from l2rec.data.splits import leave_last_fraction
-from l2rec.hisam.comparators import AnswerRate, BothRates, FoldedFactors, HSTUClicks, ItemRate, SemanticMLP, ngram_pieces, unigram_pieces
+from l2rec.hisam.comparators import AnswerRate, BothRates, FoldedFactors, HSTUClicks, ItemRate, KnownFactors, SemanticMLP, ngram_pieces, unigram_pieces
 from l2rec.hisam.histories import Histories, HistoryData, HistoryModule, HistoryWindows, as_histories
 from l2rec.hisam.tokenizer import SemanticIds
 from l2rec.hisam.transformer import FeatureTransformer, HiSAM, IdTransformer, ItemSide, SemanticTransformer, forgetful
@@ -280,6 +282,15 @@ def test_folded_factors_are_a_ridge_regression_for_each_question(split, frozen):
         i = int(batch.item[at])
         found.append(np.clip(model.mean + bias[i] + np.linalg.solve(square, product) @ q[i], .01, .99))
     assert np.allclose(model(batch).sigmoid().numpy(), found, atol=1e-8)
+
+
+def test_known_factors_are_the_factorisation_of_the_training_likes(split):
+    model, batch = build(KnownFactors, split, 0, width=3, penalty=.4, max_length=6), HistoryWindows(split, "test", max_length=6)[np.arange(7)]
+    found = factorise(*training_answers(split), split.n_users, split.n_items, 3, .4)
+    expected = np.clip(found.predict(batch.user.numpy(), batch.candidate.numpy()), .01, .99)
+    assert np.allclose(model(batch).sigmoid().numpy(), expected, atol=1e-5)
+    other = replace(batch, feedback=1 - batch.feedback)                                      # no history is read
+    assert torch.equal(model(batch), model(other)) and not any(p.requires_grad for p in model.parameters())
 
 
 def test_folded_factors_refuse_what_is_no_penalty(split):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HSTULayer', 'HSTUClicks', 'ngram_pieces', 'unigram_pieces', 'SemanticMLP', 'BothRates', 'ItemRate', 'AnswerRate',
-           'FoldedFactors']
+           'FoldedFactors', 'KnownFactors']
 
 # %% ../../nbs/hisam/12_comparators.ipynb #c02
 import hashlib
@@ -18,8 +18,9 @@ from torch.nn.functional import embedding_bag, pad, silu
 
 from ..baselines.factors import UserVectors, factorise
 from ..baselines.like_rate import item_like_rate, training_answers
+from ..data.batches import ClickBatch
 from ..data.splits import Split, training_counts
-from .histories import GAPS
+from .histories import GAPS, Histories
 from .transformer import ItemSide, Window, WindowModel, at, begun, items_before, learned_table
 from ..training.dropout import Dropout
 
@@ -240,3 +241,32 @@ class FoldedFactors(WindowModel):
         taste = torch.linalg.solve(square + self.ridge, product)
         expected = self.mean + at(self.bias[w.item], w.place) + (taste * at(q, w.place)).sum(-1)
         return torch.logit(expected.clamp(.01, .99))
+
+# %% ../../nbs/hisam/12_comparators.ipynb #f0a1c202
+class KnownFactors(WindowModel):
+    "A factorisation of the training likes, each user by the vector that training gave. Nothing is trained by gradients, and no history is read."
+
+    tokenizer = None
+
+    def __init__(self, user: Tensor,      # [U, k+1], the last column the bias
+                 item: Tensor,            # [I, k+1]
+                 mean: float,             # like rate of all training answers
+                 max_length: int = 100):
+        super().__init__(max_length)
+        self.mean = mean
+        self.register_buffer("users", user)
+        self.register_buffer("items", item)
+
+    @classmethod
+    def from_split(cls, split: Split, items: ItemSide | None = None, width: int = 31, # k
+                   penalty: float = 12., above: float = 3., max_length: int = 100) -> "KnownFactors":
+        "Solved from the training segments of `split`. Raises `ValueError` as `training_answers` and `factorise`."
+        user, item, like = training_answers(split, above)
+        found = factorise(user, item, like, split.n_users, split.n_items, width, penalty)
+        join = lambda vectors, bias: torch.from_numpy(np.column_stack([vectors, bias])).float()
+        return cls(join(found.user, found.user_bias), join(found.item, found.item_bias), found.mean, max_length)
+
+    def forward(self, batch: Histories | ClickBatch) -> Tensor:
+        "Logits, Float[Q], of the questions of the batch."
+        p, q = self.users[batch.user], self.items[batch.candidate]
+        return torch.logit((self.mean + (p[:, :-1] * q[:, :-1]).sum(1) + p[:, -1] + q[:, -1]).clamp(.01, .99))

@@ -34,6 +34,7 @@ MODELS = {
     "answer-rate":          "l2rec.hisam.comparators:AnswerRate",
     "both-rates":           "l2rec.hisam.comparators:BothRates",
     "folded-factors":       "l2rec.hisam.comparators:FoldedFactors",
+    "known-factors":        "l2rec.hisam.comparators:KnownFactors",
     "l2rec":                "l2rec.dual_view.model:L2Rec",
     "lora":                 "l2rec.dual_view.comparators:TwoViewLoRA",
     "unisrec":              "l2rec.dual_view.comparators:UniSRecLike",
