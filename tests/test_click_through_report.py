@@ -551,5 +551,5 @@ def test_the_report_of_two_models_with_one_seed_and_no_further_files(own):
             shutil.rmtree(path / 'seed-1')
             rewritten(path / 'seed-0', lambda m: {k: v for k, v in m.items() if k.startswith('test/')})
     text = report(own)
-    assert text.count('Not drawn') == 19 and 'By AUC it is above DIN' in text and "no run record of the experiment 'attention_efficiency'" in text and 'over users only where there is one seed' in text
+    assert text.count('Not drawn') == 20 and 'By AUC it is above DIN' in text and "no run record of the experiment 'attention_efficiency'" in text and 'over users only where there is one seed' in text
     assert {p.name for p in (own / 'demo').glob('*/*') if p.is_file()} == {f'click-through.{s}' for s in ('csv', 'md', 'tex')} | {f'click-through-auc.{s}' for s in ('csv', 'png', 'pdf')}

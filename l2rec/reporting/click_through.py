@@ -13,10 +13,10 @@ __all__ = ['HISAM', 'MODELS', 'RIVALS', 'FLOORS', 'PARTS', 'SIZES', 'EXAMPLE_SKI
            'group_notes', 'comparison_rows', 'comparison', 'click_through_table', 'cold_minus_warm', 'with_interval',
            'doubtful', 'said_of', 'cold_questions', 'given_text', 'describe_click_through', 'frozen_runs',
            'describe_frozen', 'changed_table', 'forget_table', 'factors_table', 'taste_table', 'long_table',
-           'describe_changed', 'gains_figure', 'shortened_runs', 'ablation_table', 'describe_ablation', 'mean_of',
-           'level_names', 'level_order', 'own_size', 'level_parts', 'level_notes', 'size_rows', 'on_datasets',
-           'sizes_table', 'describe_sizes', 'tokenizer_name', 'tokenizer_runs', 'source_notes', 'described',
-           'spread_cell', 'tokenizer_table', 'twin_share', 'twin_note', 'last_terms', 'describe_tokenizer',
+           'user_table', 'describe_changed', 'gains_figure', 'shortened_runs', 'ablation_table', 'describe_ablation',
+           'mean_of', 'level_names', 'level_order', 'own_size', 'level_parts', 'level_notes', 'size_rows',
+           'on_datasets', 'sizes_table', 'describe_sizes', 'tokenizer_name', 'tokenizer_runs', 'source_notes',
+           'described', 'spread_cell', 'tokenizer_table', 'twin_share', 'twin_note', 'last_terms', 'describe_tokenizer',
            'level_styles', 'code_use', 'codebooks_figure', 'describe_codebooks', 'tokenizer_training',
            'tokenizer_training_figure', 'describe_training', 'disentanglement', 'disentanglement_table',
            'describe_disentanglement', 'shortened_title', 'neighbours_table', 'anchor_attention', 'attention_figure',
@@ -49,10 +49,10 @@ HISAM = 'hi-sam'
 MODELS = {HISAM: 'Hi-SAM', 'id-transformer': 'id Transformer', 'din': 'DIN', 'semantic-transformer': 'flat-id Transformer', 'feature-transformer': 'feature Transformer', 'hstu': 'HSTU-like',
           'semantic-mlp': 'semantic-id MLP'}
 RIVALS = tuple(m for m in MODELS if m != HISAM)
-FLOORS = {'folded-factors': 'folded factors', 'both-rates': 'both rates', 'item-rate': 'like rate of the item', 'answer-rate': 'like rate of the answers so far'}   # counted or solved, not trained
+FLOORS = {'known-factors': 'factors of known users', 'folded-factors': 'folded factors', 'both-rates': 'both rates', 'item-rate': 'like rate of the item', 'answer-rate': 'like rate of the answers so far'}   # counted or solved, not trained
 MODELS |= FLOORS
 PARTS = {'rq-vae': 'flat RQ-VAE ids', 'rq-kmeans': 'flat RQ-k-means ids', 'no-alignment': 'no alignment', 'no-mi': 'no MI term', 'shared-only': 'shared levels only', 'specific-only': 'specific levels only',
-         'flat-rope': 'one-dimensional RoPE', 'no-rope': 'no RoPE', 'no-anchors': 'no anchors (all tokens)', 'blind-anchors': 'anchors see no anchors', 'anchor-first': 'anchor first', 'item-id': 'item id added', 'item-id-similar-start': 'item id and similar start', 'item-id-factors': 'item id, begun with factors', 'item-id-factors-300': 'item id, begun with factors, 300 items', 'taste': 'taste as a third modality', 'forget': 'forgetful training'}
+         'flat-rope': 'one-dimensional RoPE', 'no-rope': 'no RoPE', 'no-anchors': 'no anchors (all tokens)', 'blind-anchors': 'anchors see no anchors', 'anchor-first': 'anchor first', 'item-id': 'item id added', 'item-id-similar-start': 'item id and similar start', 'item-id-factors': 'item id, begun with factors', 'item-id-factors-300': 'item id, begun with factors, 300 items', 'item-id-factors-300-user': 'item id, begun with factors, 300 items, vector of the user', 'item-id-factors-300-user-forget': 'item id, begun with factors, 300 items, vector of the user, forgetful training', 'taste': 'taste as a third modality', 'forget': 'forgetful training'}
 SIZES = {'levels': 'levels', 'codes': 'codes a level', 'history': 'items of history'}
 
 def split_name(model: str) -> tuple[str, str]:
@@ -84,7 +84,7 @@ def name_of(model: str) -> str:
 EXAMPLE_SKILL = {HISAM: (.9, .75, .7), 'id-transformer': (.75, .4, .1), 'din': (.72, .35, .1), 'semantic-transformer': (.8, .55, .5), 'feature-transformer': (.75, .55, .55), 'hstu': (.76, .4, .1),
                  'semantic-mlp': (.55, .45, .45)}   # a warm user's taste, a cold user's taste, a cold item's content
 EXAMPLE_LOSS = {'rq-vae': .1, 'rq-kmeans': .12, 'no-alignment': .05, 'no-mi': .02, 'shared-only': .2, 'specific-only': .15, 'flat-rope': .03, 'no-rope': .06, 'no-anchors': 0., 'blind-anchors': .04, 'anchor-first': .25,
-                'item-id': -.02, 'item-id-similar-start': -.03, 'item-id-factors': -.2, 'item-id-factors-300': -.3, 'taste': -.15, 'forget': 0., 'levels-2': .1, 'levels-6': .01, 'codes-64': .06, 'codes-512': .01, 'history-25': .1, 'history-50': .04, 'history-200': 0.}   # what a variant of Hi-SAM loses of each skill
+                'item-id': -.02, 'item-id-similar-start': -.03, 'item-id-factors': -.2, 'item-id-factors-300': -.3, 'item-id-factors-300-user': -.35, 'item-id-factors-300-user-forget': -.34, 'taste': -.15, 'forget': 0., 'levels-2': .1, 'levels-6': .01, 'codes-64': .06, 'codes-512': .01, 'history-25': .1, 'history-50': .04, 'history-200': 0.}   # what a variant of Hi-SAM loses of each skill
 
 def example_clicks(
     model: str, seed: int,
@@ -549,6 +549,11 @@ def long_table(runs: Runs, name: str = 'click-through-long') -> Table:
     "Every model that begins with factors and reads 300 items, and what it has more than behind the usual histories. ValueError when there is none."
     others = {f'{HISAM}+item-id-factors-300': f'{HISAM}+item-id-factors'} | {f'{m}+factors-300': f'{m}+factors' for m in MODELS}
     return changed_table(runs, others, 'longer', name, 'that begins with factors and reads 300 items', 'Models that begin with factors, behind histories of up to 300 items (DIN: 300 likes).')
+
+def user_table(runs: Runs, name: str = 'click-through-user') -> Table:
+    "Every model that begins with factors, reads 300 items and has vectors of users, and what it has more than without these. ValueError when there is none."
+    others = {f'{HISAM}+item-id-factors-300-user': f'{HISAM}+item-id-factors-300', f'{HISAM}+item-id-factors-300-user-forget': f'{HISAM}+item-id-factors-300-user'} | {f'{m}+factors-300-user': f'{m}+factors-300' for m in MODELS}
+    return changed_table(runs, others, 'user', name, 'that has vectors of users', 'Models that begin with factors, behind histories of up to 300 items, with a factorisation beside the network that goes on learning, its vector of each user included. What is subtracted is the model without it; of a model that has it already, its forgetful training is what is new.')
 
 def describe_changed(table: Table) -> str:
     "Markdown: for each dataset what the change does to AUC and GAUC, streaming and frozen; empty where no model stands beside itself without."
@@ -1349,6 +1354,13 @@ HISAM_CLAIMS = (
     *(Claim(f'hi-sam-with-factors{length}-over-{m}{"-gauc" * (metric == "gauc")}{"-frozen" * still}', 'this compendium', f'Hi-SAM with an item id has a higher {MEASURES[metric]} than {_the(m)}, when the vectors of items of both begin with factors of the training ratings' + (' and both read 300 items' if length else '') + (', with every history frozen before the test.' if still else '.'), 'P',
             'click_through', _asked(still, beats(f'{HISAM}+item-id-factors{length}', f'{m}+factors{length}', metric)))
       for length in ('', '-300') for m in ('id-transformer', 'hstu', 'din') for still in (False, True) for metric in ('auc', 'gauc')),
+    *(Claim(f'hi-sam-with-user-vector{tail}-over-{m}{"-gauc" * (metric == "gauc")}{"-frozen" * still}', 'this compendium', f'Hi-SAM with an item id, 300 items{" and" * (not tail)} a vector of the user{" and forgetful training" * bool(tail)} has a higher {MEASURES[metric]} than {said}' + (', with every history frozen before the test.' if still else '.'), 'P',
+            'click_through', _asked(still, beats(f'{HISAM}+item-id-factors-300-user{tail}', other, metric)))
+      for m, other, said in (*((m, f'{m}+factors-300-user', f'{_the(m)} with the same') for m in ('id-transformer', 'hstu')), ('din', 'din+factors-300', 'DIN behind 300 likes, which has a vector of the user by design, and attributes besides'),
+                             ('known-factors', 'known-factors', 'the factors alone')) for tail in ('', '-forget') if not (tail and other.endswith('-user')) for still in (False, True) for metric in ('auc', 'gauc')),
+    *(Claim(f'user-vector-{m.partition("+")[0]}{"-gauc" * (metric == "gauc")}{"-frozen" * still}', 'this compendium', f'A vector of the user raises the {MEASURES[metric]} of {said}, behind 300 items and with vectors of items that begin with factors' + (', with every history frozen before the test.' if still else '.'), 'P', 'click_through',
+            _asked(still, beats(f'{m}-user', m, metric)))
+      for m, said in ((f'{HISAM}+item-id-factors-300', 'Hi-SAM with an item id'), *((f'{m}+factors-300', _the(m)) for m in ('id-transformer', 'hstu'))) for still in (False, True) for metric in ('auc', 'gauc')),
     *(Claim(f'longer-{m.partition("+")[0]}{"-gauc-frozen" * (metric == "gauc")}', 'this compendium', f'Histories of 300 items instead of 100 raise the {MEASURES[metric]} of {said}, when its vectors of items begin with factors' + (', with every history frozen before the test.' if metric == 'gauc' else '.'), 'P', 'click_through',
             _asked(metric == 'gauc', beats(f'{m}-300', m, metric)))
       for m, said in ((f'{HISAM}+item-id-factors', 'Hi-SAM with an item id'), *((f'{m}+factors', _the(m)) for m in ('id-transformer', 'hstu', 'din'))) for metric in ('auc', 'gauc')),
