@@ -221,6 +221,8 @@ def test_a_user_of_whom_a_model_with_vectors_of_users_knows_nothing(split, tmp_p
     of = model.user_vectors
     torch.testing.assert_close(known - nobody, of(past.window[:, None].expand_as(candidates), candidates) - of.gain * of.item.weight[:6, -1])
     with pytest.raises(DataError, match=f"user row {split.n_users}: one of the model's users, 0 to {split.n_users - 1}, or -1"): build(model, replace(past, window=past.window + split.n_users - int(past.window[0])))
+    other = build(made(split), replace(past, window=past.window + split.n_users))              # a model without such vectors reads no user
+    with pytest.raises(DataError, match="user row"): score(model, other, candidates)
     save_model(model, split, tmp_path)
     torch.testing.assert_close(score(load_model(tmp_path, split, ItemSide(ids(split))), build(model, past), candidates), known)
     with pytest.raises(DataError, match="the model has vectors of other users"): load_model(tmp_path, replace(split, user_id=split.user_id + 1), ItemSide(ids(split)))

@@ -47,14 +47,24 @@ class Memory:
     def nbytes(self) -> int: return sum(x.nbytes for x in (*self.keys, *self.values))
 
 # %% ../../nbs/hisam/11_serving.ipynb #c07
+def _all_are(name: str, value: Tensor, fits: Tensor, what: str) -> None:
+    "Raises `DataError` with the first value that does not fit."
+    if not fits.all(): raise DataError(f"{name} {value[~fits][0].item()}: {what}")
+
+
+def _users(model: ItemTransformer, user: Tensor) -> None:
+    "Raises `DataError` for a user row of which a model with vectors of users has none."
+    n = model.settings["n_users"]
+    if n: _all_are("user row", user, (user >= -1) & (user < n), f"one of the model's users, 0 to {n - 1}, or -1 for somebody whom training never met")
+
+
 @torch.inference_mode()
 def build(model: ItemTransformer,
           histories: Histories,   # every item of each window is history; `asked` is not read
           ) -> Memory:
     "The memory of B users from their histories, one pass. Of a history longer than max_length the newest items are read. Raises `DataError` for a user of whom a model with vectors of users has none."
     model.eval()
-    if model.user_vectors is not None:
-        _all_are("user row", histories.window, (histories.window >= -1) & (histories.window < len(model.user_vectors.user.weight)), f"one of the model's users, 0 to {len(model.user_vectors.user.weight) - 1}, or -1 for somebody whom training never met")
+    _users(model, histories.window)
     size, ends = model.max_length, histories.offsets[1:]
     index, offsets = window_index(torch.maximum(histories.offsets[:-1], ends - size), ends)
     (item, real), (feedback, _), (gap, _) = (padded(x[index], offsets) for x in (histories.item, histories.feedback, histories.gap))
@@ -89,11 +99,6 @@ def _per_user(name: str, value: Tensor, users: int, axes: int, # of the value; t
         raise DataError(f"{name} of shape {tuple(value.shape)}: expected [{', '.join([str(users), 'n'][:axes])}], one {'row' if axes > 1 else 'value'} for each of {users} users")
 
 
-def _all_are(name: str, value: Tensor, fits: Tensor, what: str) -> None:
-    "Raises `DataError` with the first value that does not fit."
-    if not fits.all(): raise DataError(f"{name} {value[~fits][0].item()}: {what}")
-
-
 def _gaps(gap: Tensor) -> None: _all_are("gap", gap, (gap >= 0) & (gap < GAPS), f"buckets from 0 (unknown) to {GAPS - 1}, see gap_buckets")
 
 
@@ -110,7 +115,7 @@ def score(model: ItemTransformer, memory: Memory,
           gap: Tensor | None = None,       # Int[B], bucket of the time since the user's newest item; None: unknown
           ) -> Tensor:
     "Logits of n candidates for each of B users, Float[B, n]; equal to the full forward pass. Raises `DataError` for a memory of another model, another number of users, an unknown item or gap."
-    _check(model, memory), _per_user("candidates", candidates, len(memory), 2), _rows(model, candidates)
+    _check(model, memory), _users(model, memory.user), _per_user("candidates", candidates, len(memory), 2), _rows(model, candidates)
     gap = candidates.new_zeros(len(memory)) if gap is None else gap
     _per_user("gap", gap, len(memory), 1), _gaps(gap)
     if model.training: model.eval()
