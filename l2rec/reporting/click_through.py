@@ -508,6 +508,7 @@ def changed_table(
     name: str,
     what: str,              # of such a run, for the message: `no run is one ...`
     caption: str,           # what was changed
+    changed_name: bool = False, # rows carry the name of the changed model, not of the one to subtract
 ) -> Table:
     "Every changed model, and what it has more than without the change; streaming and frozen. ValueError when the records hold none of `others`."
     models, still = [m for m in click_order(runs.metrics['model'].unique()) if m in others], frozen_runs(runs)
@@ -525,8 +526,9 @@ def changed_table(
             cells |= {(dataset, l['model'], way, column): (l['n_seeds'], gain_cell(l, more.get(l['model']), l['mean'] == best)) for l in levels.iter_rows(named=True)}
     rows = []
     for dataset, model in ((d, m) for d in runs.datasets() for m in models):
+        base, variant = split_name(model if changed_name else others[model])
         own = [cells.get((dataset, model, way, column)) for way, _ in ways for column in CHANGED_SHOWN]
-        if any(own): rows.append((dataset, MODELS.get(split_name(others[model])[0], others[model]) + (', ' + PARTS.get(split_name(others[model])[1], split_name(others[model])[1]) if split_name(others[model])[1] else ''), str(max(c[0] for c in own if c)), *(c[1] if c else '–' for c in own)))
+        if any(own): rows.append((dataset, MODELS.get(base, base) + (f', {PARTS.get(variant, variant)}' if variant else ''), str(max(c[0] for c in own if c)), *(c[1] if c else '–' for c in own)))
     heads = (('', 'dataset'), ('', 'model'), ('', 'seeds'), *((f'answers {way}', f"{GROUPS[c.rpartition('/')[0]]} {MEASURES[c.rpartition('/')[2]]}") for way, _ in ways for c in CHANGED_SHOWN))
     caption += (' Mean ± sample standard deviation over seeds; below, this model minus itself without the change on the same questions and common seeds with its 95 % interval over users and seeds (over users only where there is one seed). '
                '†: not distinguishable (Holm-corrected within dataset and column, p ≥ .05). Settings are those of the model without, with no search of their own. Bold: best of its data set.')
@@ -553,7 +555,7 @@ def long_table(runs: Runs, name: str = 'click-through-long') -> Table:
 def user_table(runs: Runs, name: str = 'click-through-user') -> Table:
     "Every model that begins with factors, reads 300 items and has vectors of users, and what it has more than without these. ValueError when there is none."
     others = {f'{HISAM}+item-id-factors-300-user': f'{HISAM}+item-id-factors-300', f'{HISAM}+item-id-factors-300-user-forget': f'{HISAM}+item-id-factors-300-user'} | {f'{m}+factors-300-user': f'{m}+factors-300' for m in MODELS}
-    return changed_table(runs, others, 'user', name, 'that has vectors of users', 'Models that begin with factors, behind histories of up to 300 items, with a factorisation beside the network that goes on learning, its vector of each user included. What is subtracted is the model without it; of a model that has it already, its forgetful training is what is new.')
+    return changed_table(runs, others, 'user', name, 'that has vectors of users', 'Models that begin with factors, behind histories of up to 300 items, with a factorisation beside the network that goes on learning, its vector of each user included. What is subtracted is the model without it; of the model with forgetful training, the same one without that.', changed_name=True)
 
 def describe_changed(table: Table) -> str:
     "Markdown: for each dataset what the change does to AUC and GAUC, streaming and frozen; empty where no model stands beside itself without."
