@@ -469,7 +469,7 @@ def write_whole(table: pl.DataFrame | pl.LazyFrame, path: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
-        table.lazy().sink_parquet(aside)
+        with open(aside, "wb") as file: table.lazy().sink_parquet(file)      # given a path, polars may make the file after it has raised
         os.replace(aside, path)
     finally: aside.unlink(missing_ok=True)
     return path
