@@ -123,14 +123,17 @@ class UserVectors(nn.Module):
         self.user, self.item, self.gain = table(n_users), table(n_items), nn.Parameter(torch.ones(()))
 
     @torch.no_grad()
+    def hold(self, found: Factors) -> "UserVectors":
+        "With these factors, which must be as many and as wide."
+        for table, vectors, bias in ((self.user, found.user, found.user_bias), (self.item, found.item, found.item_bias)):
+            table.weight.copy_(torch.from_numpy(np.column_stack([vectors, bias])))
+        return self
+
     def begin(self, split: Split, penalty: float = 16.) -> "UserVectors":
         "With the factorisation of the training ratings, standardised. Raises `ValueError` for a split of other users or items, and as `training_answers`."
         shape, here = (len(self.user.weight), len(self.item.weight)), (split.n_users, split.n_items)
         if shape != here: raise ValueError(f"vectors of {shape[0]} users and {shape[1]} items, and the split has {here[0]} and {here[1]}; make them for this split")
-        found = rating_factors(split, self.user.weight.shape[1] - 1, penalty)
-        for table, vectors, bias in ((self.user, found.user, found.user_bias), (self.item, found.item, found.item_bias)):
-            table.weight.copy_(torch.from_numpy(np.column_stack([vectors, bias])))
-        return self
+        return self.hold(rating_factors(split, self.user.weight.shape[1] - 1, penalty))
 
     def forward(self, user: Tensor, # Int[*] rows; -1: somebody whom training never met
                 item: Tensor,       # Int[*] rows

@@ -248,25 +248,19 @@ class KnownFactors(WindowModel):
 
     tokenizer = None
 
-    def __init__(self, user: Tensor,      # [U, k+1], the last column the bias
-                 item: Tensor,            # [I, k+1]
+    def __init__(self, factors: UserVectors,
                  mean: float,             # like rate of all training answers
                  max_length: int = 100):
         super().__init__(max_length)
-        self.mean = mean
-        self.register_buffer("users", user)
-        self.register_buffer("items", item)
+        self.factors, self.mean = factors.requires_grad_(False), mean
 
     @classmethod
     def from_split(cls, split: Split, items: ItemSide | None = None, width: int = 31, # k
                    penalty: float = 12., above: float = 3., max_length: int = 100) -> "KnownFactors":
         "Solved from the training segments of `split`. Raises `ValueError` as `training_answers` and `factorise`."
-        user, item, like = training_answers(split, above)
-        found = factorise(user, item, like, split.n_users, split.n_items, width, penalty)
-        join = lambda vectors, bias: torch.from_numpy(np.column_stack([vectors, bias])).float()
-        return cls(join(found.user, found.user_bias), join(found.item, found.item_bias), found.mean, max_length)
+        found = factorise(*training_answers(split, above), split.n_users, split.n_items, width, penalty)
+        return cls(UserVectors(split.n_users, split.n_items, width).hold(found), found.mean, max_length)
 
     def forward(self, batch: Histories | ClickBatch) -> Tensor:
         "Logits, Float[Q], of the questions of the batch."
-        p, q = self.users[batch.user], self.items[batch.candidate]
-        return torch.logit((self.mean + (p[:, :-1] * q[:, :-1]).sum(1) + p[:, -1] + q[:, -1]).clamp(.01, .99))
+        return torch.logit((self.mean + self.factors(batch.user, batch.candidate)).clamp(.01, .99))
