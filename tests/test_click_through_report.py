@@ -247,6 +247,19 @@ def test_one_model_without_a_search_stands_in_the_ledger(own):
     shutil.rmtree(own / 'demo' / 'runs' / 'click_search')
     assert click_through.gains_more_when_cold('hstu')(found)[0].seeds == f'{SEEDS} pairs, not tuned'
 
+def test_a_run_of_a_plan_is_tuned_if_it_needed_a_search_and_not_because_one_was_made_since(runs):
+    def marked(model, needs): return {k: replace(r, provenance={**r.provenance, 'fingerprint': {'needs': needs}}) for k, r in runs.records.items() if k[1] == model}
+    found = replace(runs, records=runs.records | marked('hstu', {}) | marked('din', {f'click_search/{FILMS}/din/seed-0': 'a digest'}) | marked('semantic-mlp', {f'search/{FILMS}/semantic-mlp/seed-0': 'a digest'}))
+    assert click_through.untuned(found, FILMS, click_through.main_models(found)) == ['hstu', 'semantic-mlp']
+
+def test_tuned_runs_take_the_bare_names_and_leave_other_data_sets_behind(runs):
+    other = {('elsewhere', m, s): r for (_, m, s), r in runs.records.items() if m in ('hi-sam', 'hstu')}
+    wide = replace(runs, records=runs.records | other, metrics=pl.concat([runs.metrics, runs.metrics.filter(pl.col('model').is_in(['hi-sam', 'hstu'])).with_columns(dataset=pl.lit('elsewhere', runs.metrics.schema['dataset']))]))
+    best = click_through.tuned_runs(wide)
+    assert best.datasets() == [FILMS] and best.models() == ['hi-sam', 'hstu'] and set(best.keys()) == {(FILMS, m, s) for m in ('hi-sam', 'hstu') for s in range(SEEDS)}
+    assert click_through.paired(best, FILMS, 'hi-sam', 'hstu', ['gauc']).drop('model', 'other').equals(click_through.paired(runs, FILMS, 'hi-sam+tuned', 'hstu+tuned', ['gauc']).drop('model', 'other'))
+    assert click_through.tuned_runs(best) is None and 'hi-sam+tuned' not in click_through.ablations(runs)
+
 def test_cold_questions_are_counted_by_a_loop(runs):
     table = runs.per_user.filter(model='hi-sam', seed=0)
     before = [r['history_length'] + i for r in table.iter_rows(named=True) if r['cold'] for i in range(r['n'])]
@@ -537,7 +550,7 @@ def test_the_report_of_a_full_set(own):
     text = report(own)
     assert 'Not drawn' not in text and 'Nothing of this part' not in text
     names = {p.name for p in (own / 'demo').glob('*/*') if p.is_file()}
-    for name in ('click-through', 'click-through-shortened', 'click-through-ablation', 'click-through-sizes', 'tokenizer', 'disentanglement', 'code-neighbours', 'click-through-cost', 'attention-efficiency', 'click-search'):
+    for name in ('click-through', 'click-through-shortened', 'click-through-tuned', 'click-through-tuned-frozen', 'click-through-ablation', 'click-through-sizes', 'tokenizer', 'disentanglement', 'code-neighbours', 'click-through-cost', 'attention-efficiency', 'click-search'):
         assert {f'{name}.{s}' for s in ('csv', 'md', 'tex')} <= names, name
     for name in ('click-through-auc', 'click-through-shortened-auc', 'click-through-ablation-auc', 'codebooks', 'tokenizer-training', 'anchor-attention', 'latency'):
         assert {f'{name}.{s}' for s in ('csv', 'png', 'pdf')} <= names, name
@@ -551,5 +564,5 @@ def test_the_report_of_two_models_with_one_seed_and_no_further_files(own):
             shutil.rmtree(path / 'seed-1')
             rewritten(path / 'seed-0', lambda m: {k: v for k, v in m.items() if k.startswith('test/')})
     text = report(own)
-    assert text.count('Not drawn') == 20 and 'By AUC it is above DIN' in text and "no run record of the experiment 'attention_efficiency'" in text and 'over users only where there is one seed' in text
+    assert text.count('Not drawn') == 21 and 'By AUC it is above DIN' in text and "no run record of the experiment 'attention_efficiency'" in text and 'over users only where there is one seed' in text
     assert {p.name for p in (own / 'demo').glob('*/*') if p.is_file()} == {f'click-through.{s}' for s in ('csv', 'md', 'tex')} | {f'click-through-auc.{s}' for s in ('csv', 'png', 'pdf')}

@@ -13,17 +13,17 @@ __all__ = ['HISAM', 'MODELS', 'RIVALS', 'FLOORS', 'PARTS', 'SIZES', 'EXAMPLE_SKI
            'group_notes', 'comparison_rows', 'comparison', 'click_through_table', 'cold_minus_warm', 'with_interval',
            'doubtful', 'said_of', 'cold_questions', 'given_text', 'describe_click_through', 'frozen_runs',
            'describe_frozen', 'changed_table', 'forget_table', 'factors_table', 'taste_table', 'long_table',
-           'user_table', 'describe_changed', 'gains_figure', 'shortened_runs', 'ablation_table', 'describe_ablation',
-           'mean_of', 'level_names', 'level_order', 'own_size', 'level_parts', 'level_notes', 'size_rows',
-           'on_datasets', 'sizes_table', 'describe_sizes', 'tokenizer_name', 'tokenizer_runs', 'source_notes',
-           'described', 'spread_cell', 'tokenizer_table', 'twin_share', 'twin_note', 'last_terms', 'describe_tokenizer',
-           'level_styles', 'code_use', 'codebooks_figure', 'describe_codebooks', 'tokenizer_training',
-           'tokenizer_training_figure', 'describe_training', 'disentanglement', 'disentanglement_table',
-           'describe_disentanglement', 'shortened_title', 'neighbours_table', 'anchor_attention', 'attention_figure',
-           'describe_attention', 'cost_table', 'describe_cost', 'latency_curves', 'panel_name', 'latency_figure',
-           'series_labels', 'describe_latency', 'choices', 'click_search_table', 'describe_click_search', 'pairs',
-           'beats', 'gains_more_when_cold', 'frozen', 'every_run', 'lowest_shared_use', 'fewest_collisions',
-           'told_apart', 'elsewhere', 'time_saved']
+           'user_table', 'describe_changed', 'gains_figure', 'renamed', 'shortened_runs', 'tuned_runs',
+           'ablation_table', 'describe_ablation', 'mean_of', 'level_names', 'level_order', 'own_size', 'level_parts',
+           'level_notes', 'size_rows', 'on_datasets', 'sizes_table', 'describe_sizes', 'tokenizer_name',
+           'tokenizer_runs', 'source_notes', 'described', 'spread_cell', 'tokenizer_table', 'twin_share', 'twin_note',
+           'last_terms', 'describe_tokenizer', 'level_styles', 'code_use', 'codebooks_figure', 'describe_codebooks',
+           'tokenizer_training', 'tokenizer_training_figure', 'describe_training', 'disentanglement',
+           'disentanglement_table', 'describe_disentanglement', 'shortened_title', 'neighbours_table',
+           'anchor_attention', 'attention_figure', 'describe_attention', 'cost_table', 'describe_cost',
+           'latency_curves', 'panel_name', 'latency_figure', 'series_labels', 'describe_latency', 'choices',
+           'click_search_table', 'describe_click_search', 'pairs', 'beats', 'gains_more_when_cold', 'frozen',
+           'every_run', 'lowest_shared_use', 'fewest_collisions', 'told_apart', 'elsewhere', 'time_saved']
 
 # %% ../../nbs/reporting/04_click_through.ipynb #c02
 import json
@@ -177,7 +177,7 @@ def example_click_records(
 ) -> Path:
     "Made-up records of the experiments click_through, tokenizer, attention_efficiency and click_search, for lessons and tests."
     for world, dataset in enumerate(datasets):
-        models = [*EXAMPLE_SKILL, *(f'{HISAM}+{v}' for v in EXAMPLE_LOSS), *(f'{m}+shortened' for m in (HISAM, 'id-transformer', 'din') if world == 0)]
+        models = [*EXAMPLE_SKILL, *(f'{HISAM}+{v}' for v in EXAMPLE_LOSS), *(f'{m}+{v}' for m, v in [(m, 'shortened') for m in (HISAM, 'id-transformer', 'din')] + [(m, 'tuned') for m in (HISAM, 'hstu')] if world == 0)]
         for model, seed in ((m, s) for m in models for s in range(seeds)):
             metrics, per_user = example_clicks(model, seed, world, .6 if model.endswith('shortened') else .25)
             base, variant = split_name(model)
@@ -289,8 +289,8 @@ def main_models(runs: Runs) -> list[str]:
     return [m for m in click_order(runs.metrics['model'].unique()) if not split_name(m)[1]]
 
 def ablations(runs: Runs) -> list[str]:
-    "Hi-SAM with another part, in order; its sizes and repetitions on shortened histories are not among them."
-    return [m for m in click_order(runs.metrics['model'].unique()) if split_name(m)[0] == HISAM and split_name(m)[1] and not size_of(m) and not m.endswith('shortened')]
+    "Hi-SAM with another part, in order; its sizes and repetitions, on shortened histories or tuned anew, are not among them."
+    return [m for m in click_order(runs.metrics['model'].unique()) if split_name(m)[0] == HISAM and split_name(m)[1] and not size_of(m) and not m.endswith(('shortened', 'tuned'))]
 
 # %% ../../nbs/reporting/04_click_through.ipynb #c26
 def beside(runs: Runs, experiment: str) -> Runs | None:
@@ -301,10 +301,14 @@ def beside(runs: Runs, experiment: str) -> Runs | None:
     except MissingRecords: return None
 
 def untuned(runs: Runs, dataset: str, models: Iterable[str]) -> list[str]:
-    "Which of `models` that were run on `dataset` have no record of click_search; a variant counts as its model."
-    search, have = beside(runs, 'click_search'), {k[1] for k in runs.records if k[0] == dataset}
+    "Which of `models` that were run on `dataset` took their settings from no search. A run of a plan says which records it needed; any other is taken to have followed the record of click_search of its model, where there is one."
+    search = beside(runs, 'click_search')
     searched = {m for d, m, _ in search.keys() if d == dataset} if search else set()
-    return [m for m in click_order(models) if m in have and m not in FLOORS and not {m, split_name(m)[0]} & searched]
+    def took(model, provenance):
+        needs = (provenance.get('fingerprint') or {}).get('needs')
+        return bool({model, split_name(model)[0]} & searched) if needs is None else any(k.startswith('click_search/') for k in needs)
+    without = {m for (d, m, _), r in runs.records.items() if d == dataset and m not in FLOORS and not took(m, r.provenance)}
+    return [m for m in click_order(models) if m in without]
 
 def parameter(runs: Runs, dataset: str, model: str, name: str) -> object | None:
     "A parameter of the first run of `model` that states it."
@@ -380,9 +384,10 @@ def click_through_table(
     gains: pl.DataFrame | None = None, # of `hisam_minus`, where it is there already
     columns: Sequence[str] = SHOWN,
     answers: str = STREAMING,          # what the caption says of the answers
+    models: str = '',                  # and first of all of the models
 ) -> Table:
     "Every model: all, cold and warm users, cold items."
-    caption = (f'Test questions of all users, of cold users (fewer than ten interactions before the test; {answers}) and warm ones, and those on cold items (fewer than ten in training). ' + _HOW
+    caption = (models + ' ' * bool(models) + f'Test questions of all users, of cold users (fewer than ten interactions before the test; {answers}) and warm ones, and those on cold items (fewer than ten in training). ' + _HOW
                + 'Bold: best of its data set. GAUC: users with both classes, weighted by questions. The last rows are counted or solved, and not trained.' * any(m in FLOORS for m in main_models(runs)))
     return comparison(runs, name, main_models(runs), columns, caption, gains=gains)
 
@@ -609,12 +614,21 @@ def gains_figure(
     return figure, data
 
 # %% ../../nbs/reporting/04_click_through.ipynb #c41
+def renamed(runs: Runs, names: dict[str, str], datasets: Iterable[str] | None = None) -> Runs:
+    "Only the runs of the models in `names`, under the names given there, and only on `datasets`, if these are given."
+    inside = set(runs.datasets() if datasets is None else datasets)
+    def of(table): return table if table.is_empty() else table.filter(pl.col('model').is_in(list(names)), pl.col('dataset').is_in(list(inside))).with_columns(pl.col('model').replace(names))
+    return replace(runs, metrics=of(runs.metrics), per_user=of(runs.per_user), records={(d, names[m], s): r for (d, m, s), r in runs.records.items() if m in names and d in inside})
+
 def shortened_runs(runs: Runs) -> Runs | None:
     "The runs on shortened histories under the names that they have without; None where there are none."
     back = {m: named(base, variant.removesuffix('shortened').removesuffix('-')) for m in runs.metrics['model'].unique() for base, variant in [split_name(m)] if re.fullmatch(r'(.+-)?shortened', variant)}
-    if not back: return None
-    def names(table): return table if table.is_empty() else table.filter(pl.col('model').is_in(list(back))).with_columns(pl.col('model').replace(back))
-    return replace(runs, metrics=names(runs.metrics), per_user=names(runs.per_user), records={(d, back[m], s): r for (d, m, s), r in runs.records.items() if m in back})
+    return renamed(runs, back) if back else None
+
+def tuned_runs(runs: Runs) -> Runs | None:
+    "The runs of every model at its best, equally tuned, under the models' bare names, and the floors of these data sets; None where there are none."
+    back = {m: split_name(m)[0] for m in runs.metrics['model'].unique() if re.fullmatch(r'(.+-)?tuned', split_name(m)[1])}
+    return renamed(runs, back | {m: m for m in FLOORS}, {d for d, m, _ in runs.records if m in back}) if back else None
 
 # %% ../../nbs/reporting/04_click_through.ipynb #c44
 ALSO = {'no-alignment': 'also lets the gradient of the reconstruction into the shared code', 'no-anchors': 'also lacks the token from which the score is read; the last code is read instead',
@@ -1360,6 +1374,8 @@ HISAM_CLAIMS = (
             'click_through', _asked(still, beats(f'{HISAM}+item-id-factors-300-user{tail}', other, metric)))
       for m, other, said in (('id-transformer', 'id-transformer+factors-300-user', f'{_the("id-transformer")} with the same'), ('din', 'din+factors-300', 'DIN behind 300 likes, which has a vector of the user by design, and attributes besides'),
                              ('known-factors', 'known-factors', 'the factors alone')) for tail in ('', '-forget') if not (tail and other.endswith('-user')) for still in (False, True) for metric in ('auc', 'gauc')),
+    *(Claim(f'hi-sam-tuned-over-{m}{"-gauc" * (metric == "gauc")}{"-frozen" * still}', 'this compendium', f'Behind 300 items, each with all that was found to help it (vectors of items that begin with factors, a vector of the user; Hi-SAM with an item id) and equally tuned, Hi-SAM has a higher {MEASURES[metric]} than {_the(m)}' + (', with every history frozen before the test.' if still else '.'), 'P',
+            'click_through', _asked(still, beats(f'{HISAM}+item-id-factors-300-user-tuned', f'{m}+factors-300{"-user" * (m != "din")}-tuned', metric))) for m in ('id-transformer', 'hstu', 'din') for still in (False, True) for metric in ('auc', 'gauc')),
     *(Claim(f'user-vector-{m.partition("+")[0]}{"-gauc" * (metric == "gauc")}{"-frozen" * still}', 'this compendium', f'A vector of the user raises the {MEASURES[metric]} of {said}, behind 300 items and with vectors of items that begin with factors' + (', with every history frozen before the test.' if still else '.'), 'P', 'click_through',
             _asked(still, beats(f'{m}-user', m, metric)))
       for m, said in ((f'{HISAM}+item-id-factors-300', 'Hi-SAM with an item id'), ('id-transformer+factors-300', _the('id-transformer'))) for still in (False, True) for metric in ('auc', 'gauc')),
