@@ -99,6 +99,17 @@ def test_the_gpu_profile_of_cold_start_runs_at_tiny_size(tmp_path):
     assert read_record(runs / 'attribute_information/ml-1m/like-rate/seed-0').metrics['rate/gender/new/auc'] > .6
 
 
+def test_the_gpu_profile_of_clicks_runs_at_tiny_size(tmp_path):
+    "A search of a click model, and the model at its best with what the search chose, as the gpu profile plans them."
+    clubs(tmp_path / 'data', 'ml-1m')
+    run_of_the_gpu_profile(tmp_path, 'click_search/ml-1m/id-transformer/seed-0', 'click_through/ml-1m/id-transformer+factors-300-user-tuned/seed-1')
+    runs = tmp_path / 'results/gpu/runs'
+    chosen = json.loads((runs / 'click_search/ml-1m/id-transformer/seed-0/chosen.json').read_text())
+    record = read_record(runs / 'click_through/ml-1m/id-transformer+factors-300-user-tuned/seed-1')
+    assert record.provenance['parameters']['hyperparameters'] == {**chosen['hyperparameters'], 'similar_start': True, 'item_start': 'factors', 'user_vector': True} and record.provenance['parameters']['lr'] == chosen['lr']
+    assert record.provenance['fingerprint']['needs'].keys() == {'click_search/ml-1m/id-transformer/seed-0'} and {'test/auc', 'test_frozen/gauc'} <= record.metrics.keys() and record.per_user().height > 40
+
+
 def test_the_gpu_profile_of_two_views_runs_at_tiny_size(tmp_path):
     "What texts can tell, and a searched comparator with ids, as the gpu profile plans them."
     t = shop(length=12)
