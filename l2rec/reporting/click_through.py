@@ -13,11 +13,11 @@ __all__ = ['HISAM', 'MODELS', 'RIVALS', 'FLOORS', 'PARTS', 'SIZES', 'EXAMPLE_SKI
            'group_notes', 'comparison_rows', 'comparison', 'click_through_table', 'cold_minus_warm', 'with_interval',
            'doubtful', 'said_of', 'cold_questions', 'given_text', 'describe_click_through', 'frozen_runs',
            'describe_frozen', 'changed_table', 'forget_table', 'factors_table', 'taste_table', 'long_table',
-           'user_table', 'describe_changed', 'gains_figure', 'renamed', 'shortened_runs', 'tuned_runs',
+           'user_table', 'describe_changed', 'gains_figure', 'on_datasets', 'shortened_runs', 'tuned_runs',
            'ablation_table', 'describe_ablation', 'mean_of', 'level_names', 'level_order', 'own_size', 'level_parts',
-           'level_notes', 'size_rows', 'on_datasets', 'sizes_table', 'describe_sizes', 'tokenizer_name',
-           'tokenizer_runs', 'source_notes', 'described', 'spread_cell', 'tokenizer_table', 'twin_share', 'twin_note',
-           'last_terms', 'describe_tokenizer', 'level_styles', 'code_use', 'codebooks_figure', 'describe_codebooks',
+           'level_notes', 'size_rows', 'sizes_table', 'describe_sizes', 'tokenizer_name', 'tokenizer_runs',
+           'source_notes', 'described', 'spread_cell', 'tokenizer_table', 'twin_share', 'twin_note', 'last_terms',
+           'describe_tokenizer', 'level_styles', 'code_use', 'codebooks_figure', 'describe_codebooks',
            'tokenizer_training', 'tokenizer_training_figure', 'describe_training', 'disentanglement',
            'disentanglement_table', 'describe_disentanglement', 'shortened_title', 'neighbours_table',
            'anchor_attention', 'attention_figure', 'describe_attention', 'cost_table', 'describe_cost',
@@ -39,7 +39,7 @@ from matplotlib.figure import Figure
 
 from ..evaluation.significance import check_same_users, holm, seed_interval, seed_spread
 from .claims import Claim, Effect
-from .cold_start import PAIRED, gain_cell, influences, long_rows, over_users_and_seeds, record_file, said_choice, signed, sorted_out, untestable, within
+from .cold_start import PAIRED, gain_cell, influences, long_rows, over_users_and_seeds, record_file, renamed, said_choice, signed, sorted_out, untestable, within
 from .figures import RC, direct_labels, panels
 from .tables import LONG, MissingRecords, Runs, Table, bracket, brief, listed, missing_note, named, number, read_experiment, training_seconds
 from ..training.records import record_path, write_record
@@ -614,11 +614,10 @@ def gains_figure(
     return figure, data
 
 # %% ../../nbs/reporting/04_click_through.ipynb #c41
-def renamed(runs: Runs, names: dict[str, str], datasets: Iterable[str] | None = None) -> Runs:
-    "Only the runs of the models in `names`, under the names given there, and only on `datasets`, if these are given."
-    inside = set(runs.datasets() if datasets is None else datasets)
-    def of(table): return table if table.is_empty() else table.filter(pl.col('model').is_in(list(names)), pl.col('dataset').is_in(list(inside))).with_columns(pl.col('model').replace(names))
-    return replace(runs, metrics=of(runs.metrics), per_user=of(runs.per_user), records={(d, names[m], s): r for (d, m, s), r in runs.records.items() if m in names and d in inside})
+def on_datasets(runs: Runs, datasets: Iterable[str]) -> Runs:
+    "These runs, less those on all other data sets."
+    keep = pl.col('dataset').is_in(list(datasets))
+    return replace(runs, metrics=runs.metrics.filter(keep), per_user=runs.per_user if runs.per_user.is_empty() else runs.per_user.filter(keep), records={k: r for k, r in runs.records.items() if k[0] in set(datasets)})
 
 def shortened_runs(runs: Runs) -> Runs | None:
     "The runs on shortened histories under the names that they have without; None where there are none."
@@ -628,7 +627,7 @@ def shortened_runs(runs: Runs) -> Runs | None:
 def tuned_runs(runs: Runs) -> Runs | None:
     "The runs of every model at its best, equally tuned, under the models' bare names, and the floors of these data sets; None where there are none."
     back = {m: split_name(m)[0] for m in runs.metrics['model'].unique() if re.fullmatch(r'(.+-)?tuned', split_name(m)[1])}
-    return renamed(runs, back | {m: m for m in FLOORS}, {d for d, m, _ in runs.records if m in back}) if back else None
+    return renamed(on_datasets(runs, {d for d, m, _ in runs.records if m in back}), back | {m: m for m in FLOORS}) if back else None
 
 # %% ../../nbs/reporting/04_click_through.ipynb #c44
 ALSO = {'no-alignment': 'also lets the gradient of the reconstruction into the shared code', 'no-anchors': 'also lacks the token from which the score is read; the last code is read instead',
@@ -706,11 +705,6 @@ def size_rows(runs: Runs) -> list[tuple[str, str, str, int | None]]:
             if mean_of(runs, dataset, HISAM, 'test/auc'): block.append((dataset, size, HISAM, own_size(runs, dataset, size)))
             rows += sorted(block, key=lambda r: (r[3] is None, r[3]))
     return rows
-
-def on_datasets(runs: Runs, datasets: Iterable[str]) -> Runs:
-    "These runs, less those on all other data sets."
-    keep = pl.col('dataset').is_in(list(datasets))
-    return replace(runs, metrics=runs.metrics.filter(keep), per_user=runs.per_user if runs.per_user.is_empty() else runs.per_user.filter(keep), records={k: r for k, r in runs.records.items() if k[0] in set(datasets)})
 
 def sizes_table(runs: Runs, name: str = 'click-through-sizes') -> Table:
     "Hi-SAM with other numbers of levels, codes and history items; ValueError when there is none."

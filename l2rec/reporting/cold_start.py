@@ -8,7 +8,7 @@ __all__ = ['RANKERS', 'ARMS', 'COMPARATORS', 'EXAMPLE_SKILL', 'MEASURES', 'GROUP
            'cold_order', 'label_of', 'example_clicks', 'example_files', 'example_trials', 'example_cold_start_records',
            'influences', 'over_users_and_seeds', 'seeds_of', 'check_same_draw', 'paired', 'main_models',
            'against_alone', 'signed', 'gain_over_seeds', 'long_rows', 'gain_cell', 'cold_start_table', 'within',
-           'pattern_table', 'sorted_out', 'rankers_said', 'describe_pattern', 'against_comparators',
+           'renamed', 'pattern_table', 'sorted_out', 'rankers_said', 'describe_pattern', 'against_comparators',
            'describe_cold_start', 'ranker_styles', 'cold_start_figure', 'record_file', 'loss_steps',
            'loss_curves_figure', 'loss_falls', 'describe_losses', 'hidden_codes', 'codes_figure', 'code_distances',
            'describe_codes', 'share_of', 'share_gains', 'share_figure', 'describe_shares', 'dropped_of',
@@ -303,6 +303,12 @@ def within(runs: Runs, models: Iterable[str]) -> Runs:
     keep = pl.col('model').is_in(list(models))
     return replace(runs, metrics=runs.metrics.filter(keep), per_user=runs.per_user if runs.per_user.is_empty() else runs.per_user.filter(keep),
                    records={key: record for key, record in runs.records.items() if key[1] in set(models)})
+
+def renamed(runs: Runs, names: dict[str, str]) -> Runs:
+    "The runs of the models in `names` alone, under the names given there."
+    kept = within(runs, names)
+    def of(table): return table if table.is_empty() else table.with_columns(pl.col('model').replace(names))
+    return replace(kept, metrics=of(kept.metrics), per_user=of(kept.per_user), records={(d, names[m], s): r for (d, m, s), r in kept.records.items()})
 
 # %% ../../nbs/reporting/03_cold_start.ipynb #c36
 PAPER_NEW_AUC = {'': .5862, 'mail-none': .5834, 'mail-single': .5844, 'mail-base': .5934}   # BaseDNN, Alimama
@@ -669,9 +675,7 @@ def regime_of(model: str) -> tuple[str, str] | None:
 def under(runs: Runs, regime: str) -> Runs | None:
     "The runs of one of REGIMES under the names that they have in the main protocol; None where there are none."
     back = {m: regime_of(m)[0] for m in runs.models() if (regime_of(m) or ('', ''))[1] == regime}
-    if not back: return None
-    def names(table): return table if table.is_empty() else table.filter(pl.col('model').is_in(list(back))).with_columns(pl.col('model').replace(back))
-    return replace(runs, metrics=names(runs.metrics), per_user=names(runs.per_user), records={(d, back[m], s): r for (d, m, s), r in runs.records.items() if m in back})
+    return renamed(runs, back) if back else None
 
 # %% ../../nbs/reporting/03_cold_start.ipynb #c78
 COUNTERS = {'item': 'the item alone', 'all': 'all attributes', 'own': "the user's deleted answers"}
