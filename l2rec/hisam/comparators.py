@@ -126,7 +126,9 @@ class SemanticMLP(WindowModel):
 
     def __init__(self, pieces: np.ndarray,   # Int[M], of all items, item after item
                  offsets: np.ndarray,        # Int[I+1]
-                 n_pieces: int, width: int = 64, hidden: tuple[int, ...] = (256, 128), dropout: float = .1, max_length: int = 100, source: str = "", forget: float = 0.):
+                 n_pieces: int, width: int = 64, hidden: tuple[int, ...] = (256, 128), dropout: float = .1, max_length: int = 100, source: str = "", forget: float = 0.,
+                 item_id: bool = False,      # a learned vector of the item is added to the mean of its pieces
+                 n_users: int = 0):
         super().__init__(max_length, forget)
         if not hidden or min(hidden) < 1: raise ValueError(f"hidden={hidden}: the units of at least one layer, each at least 1")
         parts = [source.encode(), *(np.ascontiguousarray(x, "<i8").tobytes() for x in (pieces, offsets))]
@@ -138,10 +140,13 @@ class SemanticMLP(WindowModel):
         sizes = (5 * width + 2, *hidden)
         layers = [layer for a, b in zip(sizes, hidden) for layer in (nn.Linear(a, b), nn.GELU("tanh"), Dropout(dropout))]
         self.network = nn.Sequential(*layers, nn.Linear(hidden[-1], 1))
+        self.item_id = learned_table(len(offsets) - 1, width) if item_id else None
+        if n_users: self.user_vectors = UserVectors(n_users, len(offsets) - 1)
 
     @classmethod
     def from_split(cls, split: Split, items: ItemSide, width: int = 64, pieces: str = "unigram", # or "ngram"
-                   vocabulary: int = 2048, ngrams: int = 2, hidden: tuple[int, ...] = (256, 128), dropout: float = .1, max_length: int = 100, forget: float = 0.) -> "SemanticMLP":
+                   vocabulary: int = 2048, ngrams: int = 2, hidden: tuple[int, ...] = (256, 128), dropout: float = .1, max_length: int = 100, forget: float = 0.,
+                   item_id: bool = False, item_start: str = "random", user_vector: bool = False) -> "SemanticMLP":
         "Raises `ValueError` for an unknown kind of pieces, a vocabulary that is too small, or an item side without ids."
         if pieces not in ("unigram", "ngram"): raise ValueError(f"pieces={pieces!r}: 'unigram' or 'ngram'")
         if items.ids is None: raise ValueError(f"{cls.__name__} reads semantic ids, and there are none; give ItemSide(ids=...), see semantic_ids")
@@ -150,13 +155,17 @@ class SemanticMLP(WindowModel):
         else:
             table, n = ngram_pieces(items.ids.codes, ngrams)
             flat, offsets = table.reshape(-1), np.arange(len(table) + 1) * table.shape[1]
-        return cls(flat, offsets, n, width, tuple(hidden), dropout, max_length, items.ids.sha256, forget)
+        return begun(cls(flat, offsets, n, width, tuple(hidden), dropout, max_length, items.ids.sha256, forget, item_id, split.n_users * user_vector), split, item_start)
 
 # %% ../../nbs/hisam/12_comparators.ipynb #c16
 class SemanticMLP(SemanticMLP):
     def vectors(self) -> Tensor:
-        "Float[I, D], the mean of each item's pieces."
-        return embedding_bag(self.pieces, self.table.weight, self.offsets, mode="mean", include_last_offset=True)
+        "Float[I, D], the mean of each item's pieces, and the item's own vector where it has one."
+        pieces = embedding_bag(self.pieces, self.table.weight, self.offsets, mode="mean", include_last_offset=True)
+        return pieces if self.item_id is None else pieces + self.item_id.weight
+
+    @property
+    def item_vectors(self) -> nn.Embedding | None: return self.item_id
 
     def answer(self, w: Window) -> Tensor:
         x = self.drop(self.vectors()[w.item])                                                    # [B, T, D]

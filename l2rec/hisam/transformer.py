@@ -430,8 +430,9 @@ class SemanticTransformer(ItemTransformer):
     tokenizer = "rq-vae"
 
     @classmethod
-    def from_split(cls, split: Split, items: ItemSide, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, similar_start: bool = False, max_length: int = 100, forget: float = 0.) -> "SemanticTransformer":
-        return cls(items.codes(split, width, cls.__name__), width, layers, heads, dropout, "all", "flat", "none", similar_start=similar_start, max_length=max_length, forget=forget)
+    def from_split(cls, split: Split, items: ItemSide, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, item_id: bool = False, similar_start: bool = False, max_length: int = 100, forget: float = 0.,
+                   item_start: str = "random", user_vector: bool = False) -> "SemanticTransformer":
+        return begun(cls(items.codes(split, width, cls.__name__), width, layers, heads, dropout, "all", "flat", "none", item_id=item_id, similar_start=similar_start, max_length=max_length, forget=forget, n_users=split.n_users * user_vector), split, item_start)
 
 # %% ../../nbs/hisam/10_transformer.ipynb #c41
 class FeatureTransformer(ItemTransformer):
@@ -440,8 +441,9 @@ class FeatureTransformer(ItemTransformer):
     tokenizer = None
 
     @classmethod
-    def from_split(cls, split: Split, items: ItemSide, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, similar_start: bool = False, max_length: int = 100, forget: float = 0.) -> "FeatureTransformer":
-        return cls(items.features(split, width, cls.__name__), width, layers, heads, dropout, similar_start=similar_start, max_length=max_length, forget=forget)
+    def from_split(cls, split: Split, items: ItemSide, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, item_id: bool = False, similar_start: bool = False, max_length: int = 100, forget: float = 0.,
+                   item_start: str = "random", user_vector: bool = False) -> "FeatureTransformer":
+        return begun(cls(items.features(split, width, cls.__name__), width, layers, heads, dropout, item_id=item_id, similar_start=similar_start, max_length=max_length, forget=forget, n_users=split.n_users * user_vector), split, item_start)
 
 
 class IdTransformer(ItemTransformer):
