@@ -59,7 +59,7 @@ def slow_hstu(model, items, feedback, gaps):
 
 
 def slow_mlp(model, items, feedback, gaps):
-    vector = lambda i: model.table.weight[model.pieces[model.offsets[i]:model.offsets[i + 1]]].mean(0)
+    vector = lambda i: model.table.weight[model.pieces[model.offsets[i]:model.offsets[i + 1]]].mean(0) + (0 if model.item_id is None else model.item_id.weight[i])
     candidate, inputs = vector(items[-1]), []
     for sign in (1, 0):
         mine = [vector(i) for i, f in zip(items[:-1], feedback[:-1]) if f == sign]
@@ -73,7 +73,7 @@ def slow_mlp(model, items, feedback, gaps):
 
 
 @pytest.mark.parametrize("cls, slow, more", [(HSTUClicks, slow_hstu, dict(heads=2)), (HSTUClicks, slow_hstu, dict(heads=1, layers=1)), (HSTUClicks, slow_hstu, dict(heads=4, layers=3)),
-                                             (SemanticMLP, slow_mlp, dict(pieces="ngram")), (SemanticMLP, slow_mlp, dict(vocabulary=40))])
+                                             (SemanticMLP, slow_mlp, dict(pieces="ngram")), (SemanticMLP, slow_mlp, dict(vocabulary=40)), (SemanticMLP, slow_mlp, dict(vocabulary=40, item_id=True))])
 @pytest.mark.parametrize("part", ["train", "test"])
 @torch.no_grad()
 def test_windows_are_single_questions(split, cls, slow, more, part):
@@ -236,18 +236,21 @@ def test_forgetful_training(split, cls, monkeypatch):
         with pytest.raises(ValueError, match="a share, from 0 to 1"): made(split, cls, forget=wrong, **side)
 
 
-@pytest.mark.parametrize("cls, more", [(IdTransformer, {}), (HSTUClicks, {}), (HiSAM, dict(item_id=True))])
+OF_ITEMS = [(IdTransformer, {}), (HSTUClicks, {}), *((cls, dict(item_id=True)) for cls in (HiSAM, SemanticTransformer, FeatureTransformer, SemanticMLP))]
+
+
+@pytest.mark.parametrize("cls, more", OF_ITEMS)
 def test_items_that_begin_with_factors_change_the_vectors_of_items_alone(split, cls, more):
-    drawn, begun = (build(cls, split, 3, items=ItemSide(ids(split)), width=16, max_length=6, item_start=start, **more) for start in ("random", "factors"))
+    drawn, begun = (build(cls, split, 3, items=ItemSide(ids(split), modalities(split)), width=16, max_length=6, item_start=start, **more) for start in ("random", "factors"))
     changed = [name for (name, a), b in zip(drawn.named_parameters(), begun.parameters()) if not torch.equal(a, b)]
     assert changed == [name for name, p in begun.named_parameters() if p is begun.item_vectors.weight] and len(changed) == 1
     begun.loss(HistoryWindows(split, "train", max_length=6)[np.arange(5)])[0].backward()
     assert begun.item_vectors.weight.grad.any()
 
 
-@pytest.mark.parametrize("cls, more", [(IdTransformer, {}), (HSTUClicks, {}), (HiSAM, {})])
+@pytest.mark.parametrize("cls, more", [*OF_ITEMS, (HiSAM, {}), (FeatureTransformer, {}), (SemanticMLP, {})])
 def test_vectors_of_users_are_added_to_the_logit_and_leave_the_network_as_it_was(split, cls, more):
-    plain, known = (build(cls, split, 3, items=ItemSide(ids(split)), width=16, max_length=6, user_vector=switch, **more).eval() for switch in (False, True))
+    plain, known = (build(cls, split, 3, items=ItemSide(ids(split), modalities(split)), width=16, max_length=6, user_vector=switch, **more).eval() for switch in (False, True))
     own = dict(plain.named_parameters())
     assert all(torch.equal(p, own[name]) for name, p in known.named_parameters() if name in own)
     assert {name for name, _ in known.named_parameters()} - set(own) == {"user_vectors.user.weight", "user_vectors.item.weight", "user_vectors.gain"}
@@ -261,9 +264,14 @@ def test_vectors_of_users_are_added_to_the_logit_and_leave_the_network_as_it_was
     assert of_user.user.weight.grad[batch.window].any()
 
 
-def test_a_model_without_vectors_of_items_has_none_to_begin(split):
-    assert build(HiSAM, split, 0, items=ItemSide(ids(split)), width=16).item_vectors is None
-    with pytest.raises(ValueError, match="HiSAM has no vector for each item; give item_id=True"): build(HiSAM, split, 0, items=ItemSide(ids(split)), width=16, item_start="factors")
+@pytest.mark.parametrize("cls", [HiSAM, SemanticTransformer, FeatureTransformer, SemanticMLP])
+def test_a_model_without_vectors_of_items_has_none_to_begin(split, cls):
+    side = ItemSide(ids(split), modalities(split))
+    assert build(cls, split, 0, items=side, width=16).item_vectors is None
+    with pytest.raises(ValueError, match=f"{cls.__name__} has no vector for each item; give item_id=True"): build(cls, split, 0, items=side, width=16, item_start="factors")
+
+
+def test_an_unknown_start_is_named(split):
     with pytest.raises(ValueError, match="item_start='factor': one of random, factors"): build(HSTUClicks, split, 0, width=16, item_start="factor")
 
 

@@ -75,9 +75,9 @@ def test_scores_from_the_memory_are_those_of_full_passes_with_unequal_histories(
     assert torch.allclose(score(model, alone, candidates[:1], gap[:1]), asked_in_full(model, histories(split.n_items, (7,)), candidates[:1], gap), atol=1e-5)
 
 
-@pytest.mark.parametrize("cls", [IdTransformer, SemanticTransformer, FeatureTransformer])
-def test_comparators_are_served_too(split, cls):
-    model, past = made(split, cls), histories(split.n_items)
+@pytest.mark.parametrize("cls, switches", [(IdTransformer, {}), *((cls, more) for cls in (SemanticTransformer, FeatureTransformer) for more in ({}, dict(item_id=True, user_vector=True)))])
+def test_comparators_are_served_too(split, cls, switches):
+    model, past = made(split, cls, **switches), histories(split.n_items)
     candidates, gap = torch.randint(0, split.n_items, (5, 3)), torch.zeros(5, dtype=torch.long)
     assert torch.allclose(score(model, build(model, past), candidates), asked_in_full(model, past, candidates, gap), atol=1e-5)
 
