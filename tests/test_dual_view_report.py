@@ -46,7 +46,7 @@ def parts(runs): return dual_view.l2rec_minus(runs, dual_view.ablations(runs))
 @pytest.fixture
 def own(made, tmp_path):
     "A copy that a test may change, with a few of the variants."
-    kept = {'no-bpc', 'no-balance', 'rank-4', 'experts-2', 'experts-12', 'fraction-10'}
+    kept = {'no-bpc', 'no-balance', 'rank-4', 'experts-2', 'experts-12', 'fraction-10', 'fraction-10-no-bpc'}
     def others(folder, names): return [n for n in names if Path(folder).name == BOOKS and dual_view.pieces(n)[2] not in {'', *kept}]
     shutil.copytree(made, tmp_path / 'own', ignore=others)
     return tmp_path / 'own'
@@ -79,8 +79,8 @@ def test_names_classes_and_amounts():
     assert [dual_view.class_of(m) for m in ('l2rec+no-user', 'lora', 'hllm', 'l2rec+ids-dense', 'sasrec', 'popularity', 'zebra')] == ['inductive'] * 3 + ['transductive'] * 4
     assert dual_view.pieces('l2rec+idsomething') == ('l2rec', False, 'idsomething') and dual_view.core_of('unisrec+ids-fraction-50') == 'unisrec+ids'
     assert dual_view.amount_of('l2rec+ids-top-4') == ('top', 4) and dual_view.amount_of('l2rec+no-user') is None and dual_view.amount_of('l2rec+rank') is None
-    assert [dual_view.name_of(m) for m in ('l2rec+ids', 'l2rec+rank-4', 'l2rec+ids-top-1', 'l2rec+experts-12', 'unisrec+ids-fraction-10', 'l2rec+zoo', 'l2rec+behaviour-only-no-residual', 'l2rec+no-bpc-zoo', 'zebra+x', 'learn')] == [
-        'L2Rec with ids', 'rank 4', 'Top-1 (with ids)', '12 experts a view', 'UniSRec-like with ids (10 % of the users)', 'zoo', 'behaviour view only, no aging mean', 'no BPC, zoo', 'zebra (x)', 'LEARN-like']
+    assert [dual_view.name_of(m) for m in ('l2rec+ids', 'l2rec+rank-4', 'l2rec+ids-top-1', 'l2rec+experts-12', 'unisrec+ids-fraction-10', 'l2rec+ids-fraction-25-no-user', 'l2rec+zoo', 'l2rec+behaviour-only-no-residual', 'l2rec+no-bpc-zoo', 'zebra+x', 'learn')] == [
+        'L2Rec with ids', 'rank 4', 'Top-1 (with ids)', '12 experts a view', 'UniSRec-like with ids (10 % of the users)', 'router without user (with ids) (25 % of the users)', 'zoo', 'behaviour view only, no aging mean', 'no BPC, zoo', 'zebra (x)', 'LEARN-like']
 
 def test_selections_by_name(runs):
     assert dual_view.main_models(runs) == ['l2rec', 'lora', 'unisrec', 'learn', 'hllm', 'l2rec+ids', 'lora+ids', 'unisrec+ids', 'sasrec', 'ease', 'item-knn', 'item-knn-last', 'popularity']
@@ -182,6 +182,15 @@ def test_the_ablation(runs, parts):
     with pytest.raises(ValueError, match='no run of dual_view is a variant of L2Rec'): dual_view.ablation_table(dual_view.within(runs, ['l2rec', 'learn']))
     orphan = dual_view.within(runs, ['l2rec+no-bpc'])   # a part without the whole
     assert len(dual_view.ablation_table(orphan).rows) == 1 and 'No variant can be paired' in dual_view.describe_ablation(dual_view.l2rec_minus(orphan, ['l2rec+no-bpc']))
+
+def test_an_ablation_on_a_share_of_the_users_has_the_names_of_the_whole(runs):
+    assert dual_view.share_of('l2rec+ids-fraction-25-no-user') == ('l2rec+ids-no-user', 25) and dual_view.share_of('l2rec+no-user') == ('l2rec+no-user', 100) and dual_view.share_of('learn+fraction-10') == ('learn', 10)
+    few = dual_view.at_share(runs, 10)
+    assert dual_view.ablated_shares(runs) == [10] and dual_view.ablations(few) == ['l2rec+no-bpc'] and {'l2rec', 'l2rec+ids', 'learn'} <= set(dual_view.models_of(few)) and 'sasrec' not in dual_view.models_of(few)
+    a, b = values_of(runs, 'l2rec+fraction-10'), values_of(runs, 'l2rec+fraction-10-no-bpc')
+    assert row(dual_view.l2rec_minus(few, ['l2rec+no-bpc']), metric='test/ndcg@10')['mean'] == pytest.approx((a - b).mean(), abs=1e-7)
+    table = dual_view.ablation_table(few, percent=10)
+    assert [r[2] for r in table.rows] == ['L2Rec', 'no BPC'] and table.caption.startswith('Trained on 10 % of the users, tested on all. ') and dual_view.ablation_table(runs).caption.startswith('One part')
 
 def test_sizes_stand_around_l2recs_own(runs, own):
     sized = dual_view.within(runs, [m for m in dual_view.models_of(runs) if m == 'l2rec' or dual_view.amount_of(m) and dual_view.core_of(m) == 'l2rec'])
@@ -345,6 +354,11 @@ def test_a_claim_takes_the_pair_with_ids_where_the_other_was_not_run(runs):
     assert effect.seeds == f'{SEEDS} against {SEEDS}'
     (effect,) = dual_view.part_helps('no-bpc')(dual_view.within(runs, ['l2rec+ids', 'l2rec+ids-no-bpc']))
     assert effect.seeds == f'{SEEDS} against {SEEDS}, with ids' and effect.value == pytest.approx((values_of(runs, 'l2rec+ids') - values_of(runs, 'l2rec+ids-no-bpc')).mean(), abs=1e-7)
+    few = dual_view.within(runs, ['l2rec', 'l2rec+fraction-10', 'l2rec+fraction-10-no-bpc'])
+    (effect,) = dual_view.part_helps('no-bpc')(few)                                      # and where neither was, the pair on a share of the users
+    assert effect.seeds == f'{SEEDS} against {SEEDS}, 10 % of the users' and effect.value == pytest.approx((values_of(runs, 'l2rec+fraction-10') - values_of(runs, 'l2rec+fraction-10-no-bpc')).mean(), abs=1e-7)
+    (effect,) = dual_view.part_helps('no-user')(few)
+    assert effect.value is None and effect.reason == 'no record of l2rec+no-user'
     (effect,) = dual_view.part_helps('no-bpc')(dual_view.within(runs, ['l2rec', 'learn']))
     assert effect.value is None and effect.reason == 'no record of l2rec+no-bpc'
 
@@ -412,7 +426,7 @@ def test_the_report_of_one_of_each_kind_and_of_two_models_with_one_seed_and_no_f
     full, text = reports(own, few)
     assert 'Not drawn' not in full
     def written(results): return {p.name for p in (results / 'demo').glob('*/*') if p.is_file()}
-    for name in ('dual-view', 'dual-view-ablation', 'dual-view-sizes', 'dual-view-slices', 'dual-view-search', 'dual-view-cost', 'text-budget', 'view-start', 'expert-efficiency'): assert {f'{name}.{s}' for s in ('csv', 'md', 'tex')} <= written(own), name
+    for name in ('dual-view', 'dual-view-ablation', 'dual-view-ablation-10', 'dual-view-sizes', 'dual-view-slices', 'dual-view-search', 'dual-view-cost', 'text-budget', 'view-start', 'expert-efficiency'): assert {f'{name}.{s}' for s in ('csv', 'md', 'tex')} <= written(own), name
     for name in ('dual-view-sparsity', 'dual-view-history-length', 'dual-view-training', 'expert-use', 'fusion-gate'): assert {f'{name}.{s}' for s in ('csv', 'png', 'pdf')} <= written(own), name
-    assert text.count('Not drawn') == 11 and 'LEARN-like, its only comparator: +' in text and '**No floors**' in text and '**Not tuned**' in text and 'every trained row (2) rests on one seed' in text
+    assert text.count('Not drawn') == 12 and 'LEARN-like, its only comparator: +' in text and '**No floors**' in text and '**Not tuned**' in text and 'every trained row (2) rests on one seed' in text
     assert written(few) == {f'{n}.{s}' for n in ('dual-view', 'dual-view-slices') for s in ('csv', 'md', 'tex')} | {f'dual-view-history-length.{s}' for s in ('csv', 'png', 'pdf')}

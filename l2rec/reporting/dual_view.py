@@ -6,17 +6,18 @@
 __all__ = ['L2REC', 'WITH_IDS', 'MODELS', 'TEXT_MODELS', 'CLASSES', 'PLANNED', 'PARTS', 'SIZES', 'OWN_SIZE', 'EXAMPLE_GAIN',
            'EXAMPLE_LOSS', 'METRICS', 'MAIN', 'GAINS', 'ALSO', 'EDGES', 'SLICED', 'FEW_USERS', 'USE', 'EVERYBODY',
            'COST', 'ELSEWHERE', 'UNITS', 'MEET', 'PAPER_GAIN', 'SHARE', 'SHARE_MARGIN', 'QWEN_SHARE', 'L2REC_CLAIMS',
-           'pieces', 'of_pieces', 'core_of', 'class_of', 'amount_of', 'dual_order', 'told_part', 'name_of', 'models_of',
-           'main_models', 'ablations', 'example_values', 'example_router', 'example_names', 'example_dual_view_records',
-           'same_users', 'with_retrieval', 'l2rec_minus', 'best_comparator', 'one_seed_note', 'not_run_note',
-           'untuned_note', 'refit_note', 'value_cells', 'minus_rows', 'minus_table', 'dual_view_table', 'gain_said',
-           'sides_said', 'describe_dual_view', 'ablation_table', 'also_note', 'describe_ablation', 'own_size',
-           'sizes_table', 'describe_sizes', 'cold_slices', 'cold_table', 'describe_cold', 'shown_models',
-           'relative_values', 'user_means', 'fraction_model', 'sparsity', 'sparsity_figure', 'relative_gain', 'percent',
-           'describe_sparsity', 'record_tables', 'expert_use', 'shown_groups', 'expert_use_figure', 'everybody',
-           'evenness', 'use_differences', 'describe_expert_use', 'fusion_gates', 'gate_slices', 'fusion_figure',
-           'describe_fusion', 'cost_of', 'cost_table', 'describe_cost', 'search_rows', 'speed_table', 'text_table',
-           'describe_text', 'start_table', 'describe_start', 'joined_before', 'part_helps', 'relative_effect',
+           'pieces', 'of_pieces', 'core_of', 'class_of', 'amount_of', 'share_of', 'dual_order', 'told_part', 'name_of',
+           'models_of', 'main_models', 'ablations', 'example_values', 'example_router', 'example_names',
+           'example_dual_view_records', 'same_users', 'with_retrieval', 'l2rec_minus', 'best_comparator',
+           'one_seed_note', 'not_run_note', 'untuned_note', 'refit_note', 'value_cells', 'minus_rows', 'minus_table',
+           'dual_view_table', 'gain_said', 'sides_said', 'describe_dual_view', 'at_share', 'ablated_shares',
+           'ablation_table', 'also_note', 'describe_ablation', 'own_size', 'sizes_table', 'describe_sizes',
+           'cold_slices', 'cold_table', 'describe_cold', 'shown_models', 'relative_values', 'user_means',
+           'fraction_model', 'sparsity', 'sparsity_figure', 'relative_gain', 'percent', 'describe_sparsity',
+           'record_tables', 'expert_use', 'shown_groups', 'expert_use_figure', 'everybody', 'evenness',
+           'use_differences', 'describe_expert_use', 'fusion_gates', 'gate_slices', 'fusion_figure', 'describe_fusion',
+           'cost_of', 'cost_table', 'describe_cost', 'search_rows', 'speed_table', 'text_table', 'describe_text',
+           'start_table', 'describe_start', 'joined_before', 'or_with_fewer_users', 'part_helps', 'relative_effect',
            'over_best', 'over_floor', 'grows_with_sparsity', 'with_few_beats_all', 'trained_shares', 'qwen_share',
            'routed_apart', 'balance_prevents_collapse']
 
@@ -35,7 +36,7 @@ from scipy import stats
 from ..evaluation.significance import bootstrap_mean, compare, holm, paired_bootstrap, seed_interval, slice_metrics
 from .claims import Claim, Effect, better
 from .click_through import beside, choices, doubtful, elsewhere, every_run, mean_of, parameter, split_name
-from .cold_start import gain_cell, record_file, signed, sorted_out, untestable, within
+from .cold_start import gain_cell, record_file, renamed, signed, sorted_out, untestable, within
 from .figures import RC, direct_labels, model_styles, panels
 from .tables import (LONG, RESAMPLES, Runs, Table, bracket, brief, efficiency_table, example_ranks, example_run, is_floor, listed, metric_label, missing_note, model_order,
                                     named, number, per_user_column, per_user_tables, read_experiment, search_table, summarise, training_seconds)
@@ -81,6 +82,12 @@ def amount_of(model: str) -> tuple[str, int] | None:
     found = re.fullmatch(rf"({'|'.join(SIZES)}|fraction)-(\d+)", pieces(model)[2])
     return (found[1], int(found[2])) if found else None
 
+def share_of(model: str) -> tuple[str, int]:
+    "('l2rec+no-user', 10) of 'l2rec+fraction-10-no-user', trained on 10 % of the users; ('l2rec', 100) of 'l2rec'."
+    base, ids, part = pieces(model)
+    found = re.fullmatch(r'fraction-(\d+)(?:-(.+))?', part)
+    return (of_pieces(base, ids, found[2] or ''), int(found[1])) if found else (model, 100)
+
 # %% ../../nbs/reporting/05_dual_view.ipynb #c08
 def dual_order(models: Iterable[str]) -> list[str]:
     "`models` in the order of every table: inductive first, then by MODELS, PARTS and amount, what these do not know last."
@@ -98,10 +105,11 @@ def told_part(part: str) -> str:
 
 def name_of(model: str) -> str:
     "What a reader calls it: `L2Rec with ids`, `no BPC`, `rank 4`, `LEARN-like (10 % of the users)`."
+    bare, percent = share_of(model)
+    if percent < 100: return f'{name_of(bare)} ({percent} % of the users)'
     base, ids, part = pieces(model)
     whole = MODELS.get(base, base) + (' with ids' if ids else '')
     what, n = amount_of(model) or ('', 0)
-    if what == 'fraction': return f'{whole} ({n} % of the users)'
     sized = {'experts': f'{n} experts a view', 'rank': f'rank {n}', 'top': f'Top-{n}'}
     if base == L2REC and part: return sized.get(what, told_part(part)) + (' (with ids)' if ids else '')
     return whole + (f' ({part})' if part else '')
@@ -113,8 +121,8 @@ def main_models(runs: Runs) -> list[str]:
     return [m for m in models_of(runs) if not pieces(m)[2]]
 
 def ablations(runs: Runs) -> list[str]:
-    "L2Rec with a part left out or exchanged, with and without ids; plain LoRA is one of them."
-    return [m for m in models_of(runs) if (pieces(m)[0] == L2REC and pieces(m)[2] and not amount_of(m)) or (pieces(m)[0] == 'lora' and not pieces(m)[2])]
+    "L2Rec with a part left out or exchanged, with and without ids, trained on all users; plain LoRA is one of them."
+    return [m for m in models_of(runs) if (pieces(m)[0] == L2REC and pieces(m)[2] and not amount_of(m) and share_of(m)[1] == 100) or (pieces(m)[0] == 'lora' and not pieces(m)[2])]
 
 # %% ../../nbs/reporting/05_dual_view.ipynb #c11
 EXAMPLE_GAIN = {L2REC: .95, 'lora': .75, 'unisrec': .5, 'learn': .3, 'hllm': .55, WITH_IDS: 1.05, 'lora+ids': .9, 'unisrec+ids': .65, 'sasrec': .55}
@@ -128,8 +136,9 @@ def example_values(
 ) -> tuple[dict[str, float], pl.DataFrame]:
     "Test metrics and per-user values of one made-up run."
     rank, users = example_ranks(model, seed, world=world)
-    part = pieces(model)[2]
-    strength = EXAMPLE_GAIN.get(core_of(model), .2) - EXAMPLE_LOSS.get(part, 0.) * (1 if pieces(model)[0] == L2REC else 1.8)
+    bare, percent = share_of(model)
+    loss = EXAMPLE_LOSS.get(pieces(bare)[2], 0.) + EXAMPLE_LOSS.get(f'fraction-{percent}', 0.)
+    strength = EXAMPLE_GAIN.get(core_of(model), .2) - loss * (1 if pieces(model)[0] == L2REC else 1.8)
     cold = users['target_popularity'].to_numpy() < 5
     rank = 1 + np.floor((rank - 1) * np.exp(-strength - np.where(cold, .4 if class_of(model) == 'inductive' else -.4, 0.)))
     gain = {'hr': np.ones_like(rank), 'recall': np.ones_like(rank), 'ndcg': 1 / np.log2(1 + rank), 'mrr': 1 / rank}
@@ -163,7 +172,7 @@ def example_router(
 def example_names(core: str) -> list[str]:
     "A made-up model with those of its variants that the experiments have."
     few = [p for p in EXAMPLE_LOSS if p.startswith('fraction')]
-    parts = list(EXAMPLE_LOSS) if core == L2REC else few + ['no-bpc', 'rank-4'] if core == WITH_IDS else few if core in ('learn', 'unisrec') else []
+    parts = [*EXAMPLE_LOSS, 'fraction-10-no-bpc'] if core == L2REC else few + ['no-bpc', 'rank-4'] if core == WITH_IDS else few if core in ('learn', 'unisrec') else []
     return [core, *(of_pieces(*pieces(core)[:2], p) for p in parts)]
 
 def example_dual_view_records(
@@ -394,13 +403,23 @@ def describe_dual_view(runs: Runs, gains: pl.DataFrame) -> str:
 ALSO = {'semantic-only': 'lacks ACF and BPC too', 'behaviour-only': 'lacks ACF and BPC too', 'no-shared': 'has fewer parameters', 'no-semantic-pool': 'has fewer parameters', 'no-behaviour-pool': 'has fewer parameters',
         'dense': 'has all experts of the view active for each user', 'equal': 'has all experts of the view active for each user', 'frozen': 'has no adapters at all'}   # what a variant changes beside what it is named for
 
-def ablation_table(runs: Runs, gains: pl.DataFrame | None = None, name: str = 'dual-view-ablation') -> Table:
+def at_share(runs: Runs, percent: int) -> Runs:
+    "The runs on `percent` of the training users alone, under the names that the models have on all."
+    return renamed(runs, {m: bare for m in models_of(runs) for bare, n in [share_of(m)] if n == percent})
+
+def ablated_shares(runs: Runs) -> list[int]:
+    "On which percentages of the training users L2Rec was run with a part left out or exchanged, the greatest first; all is not among them."
+    return sorted({n for n in {share_of(m)[1] for m in models_of(runs)} if n < 100 and ablations(at_share(runs, n))}, reverse=True)
+
+def ablation_table(runs: Runs, gains: pl.DataFrame | None = None, name: str = 'dual-view-ablation',
+                   percent: int = 100, # of the training users, for runs of `at_share`
+                   ) -> Table:
     "L2Rec and its variants with one part left out or exchanged; ValueError when there is none."
     parts = ablations(runs)
     if not parts: raise ValueError(f'no run of {runs.experiment} is a variant of L2Rec with a part left out or exchanged (such as {L2REC}+no-bpc)')
     cores = [c for c in (L2REC, WITH_IDS) if c in models_of(runs) and any(class_of(m) == class_of(c) for m in parts)]
     planned = {c: [of_pieces(*pieces(c)[:2], p) for p in PARTS] for c in cores if any(core_of(m) == c and pieces(m)[2] for m in parts)}
-    caption = 'One part left out or exchanged at a time. ' + _HOW + 'Plus: the part helps. Bold: best of its data set and class.'
+    caption = (f'Trained on {percent} % of the users, tested on all. ' if percent < 100 else '') + 'One part left out or exchanged at a time. ' + _HOW + 'Plus: the part helps. Bold: best of its data set and class.'
     gains = l2rec_minus(runs, parts) if gains is None else gains
     return minus_table(runs, name, [*cores, *parts], gains, caption, 'variant', (*also_note(parts), *one_seed_note(runs, [*cores, *parts]), *not_run_note(runs, planned)))
 
@@ -901,12 +920,22 @@ def joined_before(measure: Callable[[Runs], list[Effect]]) -> Callable[[Runs], l
     "`measure` on the runs with those of retrieval beside them."
     return lambda runs: measure(with_retrieval(runs)[0])
 
+def or_with_fewer_users(measure: Callable[[Runs], list[Effect]]) -> Callable[[Runs], list[Effect]]:
+    "`measure`, and where it has no value, that of the runs on the greatest share of the training users on which parts of L2Rec were left out."
+    def there(runs: Runs) -> list[Effect]:
+        effects = measure(runs)
+        for n in ablated_shares(runs):
+            few = {e.dataset: replace(e, seeds=f'{e.seeds}, {n} % of the users') for e in measure(at_share(runs, n)) if e.value is not None}
+            effects = [few.get(e.dataset, e) if e.value is None else e for e in effects]
+        return effects
+    return there
+
 def part_helps(variant: str, model: str = L2REC) -> Callable[[Runs], list[Effect]]:
-    "A measure: L2Rec minus `model` with `variant`; where the inductive pair was not run but the one with ids was, that one."
+    "A measure: L2Rec minus `model` with `variant`; where the inductive pair was not run but the one with ids was, that one; where neither was, that on a share of the training users."
     inductive, ids = better(L2REC, of_pieces(model, False, variant)), better(WITH_IDS, of_pieces(model, True, variant))
     def measure(runs: Runs) -> list[Effect]:
         return [replace(b, seeds=f'{b.seeds}, with ids') if a.value is None and b.value is not None else a for a, b in zip(inductive(runs), ids(runs))]
-    return measure
+    return or_with_fewer_users(measure)
 
 def relative_effect(runs: Runs, dataset: str, values: np.ndarray, models: Sequence[str], said: str = '') -> Effect:
     "The mean of `values` (of `relative_values`) as an effect."
@@ -1019,7 +1048,7 @@ L2REC_CLAIMS = (
     Claim('l2rec-acf-over-mean', _PAPER, 'Adaptive fusion ranks better (NDCG@10) than the mean of the views.' + _OURS, 'P', 'dual_view', part_helps('mean-fusion')),
     Claim('l2rec-acf-over-concatenation', _PAPER, 'Adaptive fusion ranks better (NDCG@10) than their concatenation.' + _OURS, 'P', 'dual_view', part_helps('concat-fusion')),
     Claim('l2rec-bpc', _PAPER, 'The contrastive loss between the views (BPC) helps (NDCG@10).' + _OURS, 'P', 'dual_view', part_helps('no-bpc')),
-    Claim('l2rec-balance', _PAPER, 'The balance loss prevents routing collapse: the least even block uses its experts more evenly with it than without (evenness: entropy\'s number of experts over their number).', 'S', 'dual_view', balance_prevents_collapse),
+    Claim('l2rec-balance', _PAPER, 'The balance loss prevents routing collapse: the least even block uses its experts more evenly with it than without (evenness: entropy\'s number of experts over their number).', 'S', 'dual_view', or_with_fewer_users(balance_prevents_collapse)),
     Claim('l2rec-routes-differ', _PAPER, 'Routing is personal: groups of users differ in their use of the experts (the effect is the share of views, blocks and pairs of groups with a Holm-corrected p < .05; interval: least and greatest run). (That routing is '
           'personal is the paper\'s [A], this measure of it ours [P].)', 'P', 'dual_view', every_run(routed_apart, 'no differences.csv in the records of L2Rec')),
     Claim('l2rec-gain-grows-with-sparsity', _PAPER, 'L2Rec\'s relative gain over LEARN in NDCG@10 is larger on the least share of the training users than on all.', 'S', 'dual_view', grows_with_sparsity()),
