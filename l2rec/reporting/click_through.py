@@ -300,13 +300,13 @@ def beside(runs: Runs, experiment: str) -> Runs | None:
     try: return read_experiment(results, runs.profile, experiment, per_user=False)
     except MissingRecords: return None
 
-def untuned(runs: Runs, dataset: str, models: Iterable[str]) -> list[str]:
-    "Which of `models` that were run on `dataset` took their settings from no search. A run of a plan says which records it needed; any other is taken to have followed the record of click_search of its model, where there is one."
-    search = beside(runs, 'click_search')
-    searched = {m for d, m, _ in search.keys() if d == dataset} if search else set()
+def untuned(runs: Runs, dataset: str, models: Iterable[str], search: str = 'click_search') -> list[str]:
+    "Which of `models` that were run on `dataset` took their settings from no record of the experiment `search`. A run of a plan says which records it needed; any other is taken to have followed the search of its model, where there is one."
+    found = beside(runs, search)
+    searched = {m for d, m, _ in found.keys() if d == dataset} if found else set()
     def took(model, provenance):
         needs = (provenance.get('fingerprint') or {}).get('needs')
-        return bool({model, split_name(model)[0]} & searched) if needs is None else any(k.startswith('click_search/') for k in needs)
+        return bool({model, split_name(model)[0]} & searched) if needs is None else any(k.startswith(f'{search}/') for k in needs)
     without = {m for (d, m, _), r in runs.records.items() if d == dataset and m not in FLOORS and not took(m, r.provenance)}
     return [m for m in click_order(models) if m in without]
 

@@ -35,7 +35,7 @@ from scipy import stats
 
 from ..evaluation.significance import bootstrap_mean, compare, holm, paired_bootstrap, seed_interval, slice_metrics
 from .claims import Claim, Effect, better
-from .click_through import beside, choices, doubtful, elsewhere, every_run, mean_of, parameter, split_name
+from .click_through import beside, choices, doubtful, elsewhere, every_run, mean_of, parameter, split_name, untuned
 from .cold_start import gain_cell, record_file, renamed, signed, sorted_out, untestable, within
 from .figures import RC, direct_labels, model_styles, panels
 from .tables import (LONG, RESAMPLES, Runs, Table, bracket, brief, efficiency_table, example_ranks, example_run, is_floor, listed, metric_label, missing_note, model_order,
@@ -286,11 +286,10 @@ def not_run_note(
 
 def untuned_note(runs: Runs, models: Iterable[str]) -> list[str]:
     "One sentence for each data set on which models of dual_view had no search; a variant counts as its model."
-    search = beside(runs, 'dual_view_search')
-    searched, notes = {(d, m) for d, m, _ in search.keys()} if search else set(), []
+    notes = []
     for dataset in runs.datasets():
         own = {m for (d, m, _), r in runs.records.items() if d == dataset and r.experiment == 'dual_view'}
-        names = [m for m in dual_order({core_of(m) for m in models if m in own}) if not {(dataset, m), (dataset, split_name(m)[0])} & searched]
+        names = dual_order(untuned(runs, dataset, {core_of(m) for m in models if m in own}, 'dual_view_search'))
         if names: notes.append(f'**Not tuned**: on {dataset} no search was made for {listed(map(name_of, names))}, so a difference may be one of settings.')
     return notes
 #
