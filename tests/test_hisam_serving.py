@@ -19,7 +19,7 @@ from test_hisam_transformer import ids, modalities
 from worlds import random_dataset
 
 SWITCHES = [dict(), dict(layers=1), dict(layers=3), dict(memory="all"), dict(memory="all", anchor="none", positions="flat"), dict(anchor="first"), dict(anchors_see_anchors=False, layers=3),
-            dict(item_id=True), dict(user_vector=True)]
+            dict(item_id=True), dict(user_vector=True), dict(gated=True, layers=3)]
 LENGTHS = (7, 0, 3, 1, 10)
 
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 SMALL = dict(width=16, heads=2, dropout=0.)
 SWITCHES = [dict(), dict(layers=1), dict(layers=3), dict(memory="all"), dict(memory="all", anchor="none", positions="flat"), dict(anchor="first"), dict(anchor="first", memory="all"),
             dict(anchors_see_anchors=False), dict(anchors_see_anchors=False, layers=3), dict(anchors_see_anchors=False, memory="all"), dict(positions="flat"), dict(positions="none"),
-            dict(item_id=True), dict(anchor_start="sum"), dict(anchor="first", anchor_start="sum", item_id=True), dict(item_id=True, memory="all", anchor="none")]
+            dict(item_id=True), dict(anchor_start="sum"), dict(anchor="first", anchor_start="sum", item_id=True), dict(item_id=True, memory="all", anchor="none"), dict(gated=True), dict(gated=True, memory="all", anchor="none", positions="flat")]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,11 @@ def slow_logit(model, items, feedback, gaps):
             for h in range(block.heads):
                 w = torch.softmax(k[keys, h] @ q[t, h] / q.shape[-1] ** .5, 0)
                 out[t, h] = w @ v[keys, h]
-        x = x + out.flatten(1) @ block.out.weight.T + block.out.bias
+        out = out.flatten(1)
+        if model.settings["gated"]:
+            g = y @ block.gate.weight.T + block.gate.bias
+            out = out * g * torch.sigmoid(g)
+        x = x + out @ block.out.weight.T + block.out.bias
         y = torch.nn.functional.layer_norm(x, x.shape[-1:], block.norm_mlp.weight, block.norm_mlp.bias)
         x = x + block.down(torch.nn.functional.gelu(block.up(y), approximate="tanh"))
     return model.head(model.norm(x[-1])).squeeze()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, linear
+from torch.nn.functional import gelu, linear, silu
 
 from ..baselines.factors import UserVectors, begin_items
 from ..data.batches import ClickBatch, padded
@@ -119,11 +119,13 @@ def last_token_attention(q: Tensor,              # Float[B, C, 1, H, d], of the 
 class Block(nn.Module):
     "A pre-norm Transformer block in two steps around the attention."
 
-    def __init__(self, width: int, heads: int, dropout: float, hidden: int = 4): # hidden: width of the MLP in units of `width`
+    def __init__(self, width: int, heads: int, dropout: float, hidden: int = 4, # width of the MLP in units of `width`
+                 gated: bool = False): # what attention gives is multiplied by a gate of the token that asked
         super().__init__()
         self.width, self.heads, self.drop = width, heads, Dropout(dropout)
         self.norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.norm_mlp, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, hidden * width), nn.Linear(hidden * width, width)
+        self.gate = nn.Linear(width, width) if gated else None
 
     def begin_similar(self, times: float = 1.5):
         "Let the queries' weights begin as the keys', both `times` larger than drawn."
@@ -157,7 +159,8 @@ class Block(nn.Module):
     def finish(self, x: Tensor,        # Float[B, C, P, D], what the queries were made of
                attended: Tensor,       # Float[B, C, P, H, d]
                ) -> Tensor:
-        x = x + self.drop(self.out(attended.flatten(-2)))
+        attended = attended.flatten(-2)
+        x = x + self.drop(self.out(attended if self.gate is None else attended * silu(self.gate(self.norm(x)))))
         return x + self.drop(self.down(gelu(self.up(self.norm_mlp(x)), approximate="tanh")))
 
 # %% ../../nbs/hisam/10_transformer.ipynb #c20
@@ -264,6 +267,7 @@ class ItemTransformer(WindowModel):
                  similar_start: bool = False,     # attention begins as similarity, see `Block.begin_similar`
                  max_length: int = 100,           # items before a question, at most
                  forget: float = 0.,              # share of the training questions that see a shorter history
+                 gated: bool = False,             # blocks with a gate, see `Block`
                  n_users: int = 0):               # with a vector for each of so many users, see `UserVectors`; 0: a user is known by the history alone
         "Raises `ValueError` for a switch that is unknown, or switches that exclude each other."
         super().__init__(max_length, forget)
@@ -273,7 +277,7 @@ class ItemTransformer(WindowModel):
             raise ValueError("anchor='none': there is no anchor that could be the memory; give memory='all' and anchors_see_anchors=True")
         if layers < 1 or heads < 1 or width % heads: raise ValueError(f"width={width}, layers={layers}, heads={heads}: at least 1 layer, and a width that the heads divide")
         self.settings = dict(width=width, layers=layers, heads=heads, dropout=dropout, memory=memory, positions=positions, anchor=anchor,
-                             anchors_see_anchors=anchors_see_anchors, anchor_start=anchor_start, item_id=item_id, similar_start=similar_start, max_length=max_length, forget=forget, n_users=n_users)
+                             anchors_see_anchors=anchors_see_anchors, anchor_start=anchor_start, item_id=item_id, similar_start=similar_start, max_length=max_length, forget=forget, gated=gated, n_users=n_users)
         if n_users: self.user_vectors = UserVectors(n_users, tokens.n_items)
         self.tokens, self.n_tokens, self.source = tokens, tokens.n_tokens + (anchor != "none"), tokens.source
         self.place = {"last": self.n_tokens - 1, "first": 0, "none": None}[anchor]                    # of the anchor
@@ -283,7 +287,7 @@ class ItemTransformer(WindowModel):
         self.feedback = learned_table(3, width)       # disliked, liked, asked
         self.gap = learned_table(GAPS, width)
         self.rope = HierarchicalRoPE(width // heads, self.n_tokens, positions)
-        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads, dropout, gated=gated) for _ in range(layers))
         if similar_start:
             for block in self.blocks: block.begin_similar()
         self.drop, self.norm, self.head = Dropout(dropout), nn.LayerNorm(width), nn.Sequential(nn.Linear(width, width), nn.GELU("tanh"), nn.Linear(width, 1))
@@ -417,11 +421,11 @@ class HiSAM(ItemTransformer):
     @classmethod
     def from_split(cls, split: Split, items: ItemSide, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, memory: str = "anchor",
                    positions: str = "hierarchical", anchor: str = "last", anchors_see_anchors: bool = True, anchor_start: str = "learned", item_id: bool = False,
-                   similar_start: bool = False, max_length: int = 100, forget: float = 0.,
+                   similar_start: bool = False, max_length: int = 100, forget: float = 0., gated: bool = False,
                    item_start: str = "random", # how the vectors of `item_id` begin, see `begin_items`
                    user_vector: bool = False,  # a factorisation beside the network, see `UserVectors`
                    ) -> "HiSAM":
-        return begun(cls(items.codes(split, width, cls.__name__), width, layers, heads, dropout, memory, positions, anchor, anchors_see_anchors, anchor_start, item_id, similar_start, max_length, forget, split.n_users * user_vector), split, item_start)
+        return begun(cls(items.codes(split, width, cls.__name__), width, layers, heads, dropout, memory, positions, anchor, anchors_see_anchors, anchor_start, item_id, similar_start, max_length, forget, gated, split.n_users * user_vector), split, item_start)
 
 
 class SemanticTransformer(ItemTransformer):
@@ -430,9 +434,9 @@ class SemanticTransformer(ItemTransformer):
     tokenizer = "rq-vae"
 
     @classmethod
-    def from_split(cls, split: Split, items: ItemSide, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, item_id: bool = False, similar_start: bool = False, max_length: int = 100, forget: float = 0.,
+    def from_split(cls, split: Split, items: ItemSide, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, item_id: bool = False, similar_start: bool = False, max_length: int = 100, forget: float = 0., gated: bool = False,
                    item_start: str = "random", user_vector: bool = False) -> "SemanticTransformer":
-        return begun(cls(items.codes(split, width, cls.__name__), width, layers, heads, dropout, "all", "flat", "none", item_id=item_id, similar_start=similar_start, max_length=max_length, forget=forget, n_users=split.n_users * user_vector), split, item_start)
+        return begun(cls(items.codes(split, width, cls.__name__), width, layers, heads, dropout, "all", "flat", "none", item_id=item_id, similar_start=similar_start, max_length=max_length, forget=forget, gated=gated, n_users=split.n_users * user_vector), split, item_start)
 
 # %% ../../nbs/hisam/10_transformer.ipynb #c41
 class FeatureTransformer(ItemTransformer):
@@ -441,9 +445,9 @@ class FeatureTransformer(ItemTransformer):
     tokenizer = None
 
     @classmethod
-    def from_split(cls, split: Split, items: ItemSide, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, item_id: bool = False, similar_start: bool = False, max_length: int = 100, forget: float = 0.,
+    def from_split(cls, split: Split, items: ItemSide, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, item_id: bool = False, similar_start: bool = False, max_length: int = 100, forget: float = 0., gated: bool = False,
                    item_start: str = "random", user_vector: bool = False) -> "FeatureTransformer":
-        return begun(cls(items.features(split, width, cls.__name__), width, layers, heads, dropout, item_id=item_id, similar_start=similar_start, max_length=max_length, forget=forget, n_users=split.n_users * user_vector), split, item_start)
+        return begun(cls(items.features(split, width, cls.__name__), width, layers, heads, dropout, item_id=item_id, similar_start=similar_start, max_length=max_length, forget=forget, gated=gated, n_users=split.n_users * user_vector), split, item_start)
 
 
 class IdTransformer(ItemTransformer):
@@ -452,6 +456,6 @@ class IdTransformer(ItemTransformer):
     tokenizer = None
 
     @classmethod
-    def from_split(cls, split: Split, items: ItemSide | None = None, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, similar_start: bool = False, max_length: int = 100, forget: float = 0.,
+    def from_split(cls, split: Split, items: ItemSide | None = None, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, similar_start: bool = False, max_length: int = 100, forget: float = 0., gated: bool = False,
                    item_start: str = "random", user_vector: bool = False) -> "IdTransformer":
-        return begun(cls(IdTokens(split.n_items, width), width, layers, heads, dropout, "all", "flat", "none", similar_start=similar_start, max_length=max_length, forget=forget, n_users=split.n_users * user_vector), split, item_start)
+        return begun(cls(IdTokens(split.n_items, width), width, layers, heads, dropout, "all", "flat", "none", similar_start=similar_start, max_length=max_length, forget=forget, gated=gated, n_users=split.n_users * user_vector), split, item_start)
