@@ -435,8 +435,8 @@ class SemanticTransformer(ItemTransformer):
 
     @classmethod
     def from_split(cls, split: Split, items: ItemSide, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, item_id: bool = False, similar_start: bool = False, max_length: int = 100, forget: float = 0., gated: bool = False,
-                   item_start: str = "random", user_vector: bool = False) -> "SemanticTransformer":
-        return begun(cls(items.codes(split, width, cls.__name__), width, layers, heads, dropout, "all", "flat", "none", item_id=item_id, similar_start=similar_start, max_length=max_length, forget=forget, gated=gated, n_users=split.n_users * user_vector), split, item_start)
+                   positions: str = "flat", item_start: str = "random", user_vector: bool = False) -> "SemanticTransformer":
+        return begun(cls(items.codes(split, width, cls.__name__), width, layers, heads, dropout, "all", positions, "none", item_id=item_id, similar_start=similar_start, max_length=max_length, forget=forget, gated=gated, n_users=split.n_users * user_vector), split, item_start)
 
 # %% ../../nbs/hisam/10_transformer.ipynb #c41
 class FeatureTransformer(ItemTransformer):
@@ -446,8 +446,8 @@ class FeatureTransformer(ItemTransformer):
 
     @classmethod
     def from_split(cls, split: Split, items: ItemSide, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, item_id: bool = False, similar_start: bool = False, max_length: int = 100, forget: float = 0., gated: bool = False,
-                   item_start: str = "random", user_vector: bool = False) -> "FeatureTransformer":
-        return begun(cls(items.features(split, width, cls.__name__), width, layers, heads, dropout, item_id=item_id, similar_start=similar_start, max_length=max_length, forget=forget, gated=gated, n_users=split.n_users * user_vector), split, item_start)
+                   positions: str = "hierarchical", item_start: str = "random", user_vector: bool = False) -> "FeatureTransformer":
+        return begun(cls(items.features(split, width, cls.__name__), width, layers, heads, dropout, positions=positions, item_id=item_id, similar_start=similar_start, max_length=max_length, forget=forget, gated=gated, n_users=split.n_users * user_vector), split, item_start)
 
 
 class IdTransformer(ItemTransformer):
@@ -457,5 +457,5 @@ class IdTransformer(ItemTransformer):
 
     @classmethod
     def from_split(cls, split: Split, items: ItemSide | None = None, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = .1, similar_start: bool = False, max_length: int = 100, forget: float = 0., gated: bool = False,
-                   item_start: str = "random", user_vector: bool = False) -> "IdTransformer":
-        return begun(cls(IdTokens(split.n_items, width), width, layers, heads, dropout, "all", "flat", "none", similar_start=similar_start, max_length=max_length, forget=forget, gated=gated, n_users=split.n_users * user_vector), split, item_start)
+                   positions: str = "flat", item_start: str = "random", user_vector: bool = False) -> "IdTransformer":
+        return begun(cls(IdTokens(split.n_items, width), width, layers, heads, dropout, "all", positions, "none", similar_start=similar_start, max_length=max_length, forget=forget, gated=gated, n_users=split.n_users * user_vector), split, item_start)
