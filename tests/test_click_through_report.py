@@ -258,7 +258,18 @@ def test_tuned_runs_take_the_bare_names_and_leave_other_data_sets_behind(runs):
     best = click_through.tuned_runs(wide)
     assert best.datasets() == [FILMS] and best.models() == ['hi-sam', 'hstu'] and set(best.keys()) == {(FILMS, m, s) for m in ('hi-sam', 'hstu') for s in range(SEEDS)}
     assert click_through.paired(best, FILMS, 'hi-sam', 'hstu', ['gauc']).drop('model', 'other').equals(click_through.paired(runs, FILMS, 'hi-sam+tuned', 'hstu+tuned', ['gauc']).drop('model', 'other'))
-    assert click_through.tuned_runs(best) is None and 'hi-sam+tuned' not in click_through.ablations(runs)
+    assert click_through.tuned_runs(best) is None and not {'hi-sam+tuned', 'hi-sam+tuned-gated-no-rope'} & set(click_through.ablations(runs))
+
+def test_a_model_by_content_alone_stands_for_itself_and_the_others_stand_as_they_are(runs):
+    how = click_through.CONTENT
+    assert click_through.tuned_names(runs) == {'hi-sam': {'': 'hi-sam+tuned', how: f'hi-sam+tuned-{how}'}, 'hstu': {'': 'hstu+tuned'}} and click_through.tuned_runs(runs, 'something else') is None
+    best = click_through.tuned_runs(runs, how)
+    assert click_through.main_models(best) == ['hi-sam', 'hstu']
+    assert click_through.paired(best, FILMS, 'hi-sam', 'hstu', ['gauc']).drop('model', 'other').equals(click_through.paired(runs, FILMS, f'hi-sam+tuned-{how}', 'hstu+tuned', ['gauc']).drop('model', 'other'))
+    table = click_through.content_table(runs)
+    gain = table.long.filter(metric='content-minus/streaming/gauc').row(0, named=True)
+    assert len(table.rows) == 1 and gain['mean'] == pytest.approx(click_through.paired(runs, FILMS, f'hi-sam+tuned-{how}', 'hi-sam+tuned', ['gauc'])['mean'].item())
+    with pytest.raises(ValueError, match='that reads by content alone'): click_through.content_table(click_through.within(runs, ['hi-sam+tuned', 'hstu+tuned']))
 
 def test_cold_questions_are_counted_by_a_loop(runs):
     table = runs.per_user.filter(model='hi-sam', seed=0)
@@ -550,7 +561,7 @@ def test_the_report_of_a_full_set(own):
     text = report(own)
     assert 'Not drawn' not in text and 'Nothing of this part' not in text
     names = {p.name for p in (own / 'demo').glob('*/*') if p.is_file()}
-    for name in ('click-through', 'click-through-shortened', 'click-through-tuned', 'click-through-tuned-frozen', 'click-through-ablation', 'click-through-sizes', 'tokenizer', 'disentanglement', 'code-neighbours', 'click-through-cost', 'attention-efficiency', 'click-search'):
+    for name in ('click-through', 'click-through-shortened', 'click-through-tuned', 'click-through-tuned-frozen', 'click-through-content', 'click-through-tuned-content', 'click-through-tuned-content-frozen', 'click-through-ablation', 'click-through-sizes', 'tokenizer', 'disentanglement', 'code-neighbours', 'click-through-cost', 'attention-efficiency', 'click-search'):
         assert {f'{name}.{s}' for s in ('csv', 'md', 'tex')} <= names, name
     for name in ('click-through-auc', 'click-through-shortened-auc', 'click-through-ablation-auc', 'codebooks', 'tokenizer-training', 'anchor-attention', 'latency'):
         assert {f'{name}.{s}' for s in ('csv', 'png', 'pdf')} <= names, name
@@ -564,5 +575,5 @@ def test_the_report_of_two_models_with_one_seed_and_no_further_files(own):
             shutil.rmtree(path / 'seed-1')
             rewritten(path / 'seed-0', lambda m: {k: v for k, v in m.items() if k.startswith('test/')})
     text = report(own)
-    assert text.count('Not drawn') == 21 and 'By AUC it is above DIN' in text and "no run record of the experiment 'attention_efficiency'" in text and 'over users only where there is one seed' in text
+    assert text.count('Not drawn') == 22 and 'By AUC it is above DIN' in text and "no run record of the experiment 'attention_efficiency'" in text and 'over users only where there is one seed' in text
     assert {p.name for p in (own / 'demo').glob('*/*') if p.is_file()} == {f'click-through.{s}' for s in ('csv', 'md', 'tex')} | {f'click-through-auc.{s}' for s in ('csv', 'png', 'pdf')}

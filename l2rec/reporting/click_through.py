@@ -5,25 +5,26 @@
 # %% auto #0
 __all__ = ['HISAM', 'MODELS', 'RIVALS', 'FLOORS', 'PARTS', 'SIZES', 'EXAMPLE_SKILL', 'EXAMPLE_LOSS', 'EXAMPLE_TITLES',
            'EXAMPLE_LEVELS', 'MEASURES', 'GROUPS', 'METRICS', 'NEEDED', 'SHOWN', 'STREAMING', 'FROZEN', 'CHANGED_SHOWN',
-           'ALSO', 'ABLATION_SHOWN', 'TOKENIZERS', 'COLLAPSE', 'COLLIDE', 'TERMS', 'TRAINED', 'EXPECTED', 'AXES',
-           'UNITS', 'MARGIN', 'LATENCY', 'HISAM_CLAIMS', 'split_name', 'size_of', 'click_order', 'name_of',
+           'CONTENT', 'ALSO', 'ABLATION_SHOWN', 'TOKENIZERS', 'COLLAPSE', 'COLLIDE', 'TERMS', 'TRAINED', 'EXPECTED',
+           'AXES', 'UNITS', 'MARGIN', 'LATENCY', 'HISAM_CLAIMS', 'split_name', 'size_of', 'click_order', 'name_of',
            'example_clicks', 'example_tokenizer', 'example_attention', 'example_efficiency', 'example_click_records',
            'contributions', 'seeds_of', 'check_same_questions', 'metric_part', 'paired', 'hisam_minus', 'main_models',
            'ablations', 'beside', 'untuned', 'parameter', 'shortened_share', 'shortened_text', 'given_notes',
            'group_notes', 'comparison_rows', 'comparison', 'click_through_table', 'cold_minus_warm', 'with_interval',
            'doubtful', 'said_of', 'cold_questions', 'given_text', 'describe_click_through', 'frozen_runs',
            'describe_frozen', 'changed_table', 'forget_table', 'factors_table', 'taste_table', 'long_table',
-           'user_table', 'describe_changed', 'gains_figure', 'on_datasets', 'shortened_runs', 'tuned_runs',
-           'ablation_table', 'describe_ablation', 'mean_of', 'level_names', 'level_order', 'own_size', 'level_parts',
-           'level_notes', 'size_rows', 'sizes_table', 'describe_sizes', 'tokenizer_name', 'tokenizer_runs',
-           'source_notes', 'described', 'spread_cell', 'tokenizer_table', 'twin_share', 'twin_note', 'last_terms',
-           'describe_tokenizer', 'level_styles', 'code_use', 'codebooks_figure', 'describe_codebooks',
-           'tokenizer_training', 'tokenizer_training_figure', 'describe_training', 'disentanglement',
-           'disentanglement_table', 'describe_disentanglement', 'shortened_title', 'neighbours_table',
-           'anchor_attention', 'attention_figure', 'describe_attention', 'cost_table', 'describe_cost',
-           'latency_curves', 'panel_name', 'latency_figure', 'series_labels', 'describe_latency', 'choices',
-           'click_search_table', 'describe_click_search', 'pairs', 'beats', 'gains_more_when_cold', 'frozen',
-           'every_run', 'lowest_shared_use', 'fewest_collisions', 'told_apart', 'elsewhere', 'time_saved']
+           'user_table', 'describe_changed', 'gains_figure', 'on_datasets', 'shortened_runs', 'tuned_names',
+           'tuned_runs', 'content_table', 'ablation_table', 'describe_ablation', 'mean_of', 'level_names',
+           'level_order', 'own_size', 'level_parts', 'level_notes', 'size_rows', 'sizes_table', 'describe_sizes',
+           'tokenizer_name', 'tokenizer_runs', 'source_notes', 'described', 'spread_cell', 'tokenizer_table',
+           'twin_share', 'twin_note', 'last_terms', 'describe_tokenizer', 'level_styles', 'code_use',
+           'codebooks_figure', 'describe_codebooks', 'tokenizer_training', 'tokenizer_training_figure',
+           'describe_training', 'disentanglement', 'disentanglement_table', 'describe_disentanglement',
+           'shortened_title', 'neighbours_table', 'anchor_attention', 'attention_figure', 'describe_attention',
+           'cost_table', 'describe_cost', 'latency_curves', 'panel_name', 'latency_figure', 'series_labels',
+           'describe_latency', 'choices', 'click_search_table', 'describe_click_search', 'pairs', 'beats',
+           'gains_more_when_cold', 'frozen', 'every_run', 'lowest_shared_use', 'fewest_collisions', 'told_apart',
+           'elsewhere', 'time_saved']
 
 # %% ../../nbs/reporting/04_click_through.ipynb #c02
 import json
@@ -177,7 +178,7 @@ def example_click_records(
 ) -> Path:
     "Made-up records of the experiments click_through, tokenizer, attention_efficiency and click_search, for lessons and tests."
     for world, dataset in enumerate(datasets):
-        models = [*EXAMPLE_SKILL, *(f'{HISAM}+{v}' for v in EXAMPLE_LOSS), *(f'{m}+{v}' for m, v in [(m, 'shortened') for m in (HISAM, 'id-transformer', 'din')] + [(m, 'tuned') for m in (HISAM, 'hstu')] if world == 0)]
+        models = [*EXAMPLE_SKILL, *(f'{HISAM}+{v}' for v in EXAMPLE_LOSS), *(f'{m}+{v}' for m, v in [(m, 'shortened') for m in (HISAM, 'id-transformer', 'din')] + [(HISAM, 'tuned'), ('hstu', 'tuned'), (HISAM, 'tuned-gated-no-rope')] if world == 0)]
         for model, seed in ((m, s) for m in models for s in range(seeds)):
             metrics, per_user = example_clicks(model, seed, world, .6 if model.endswith('shortened') else .25)
             base, variant = split_name(model)
@@ -290,7 +291,7 @@ def main_models(runs: Runs) -> list[str]:
 
 def ablations(runs: Runs) -> list[str]:
     "Hi-SAM with another part, in order; its sizes and repetitions, on shortened histories or tuned anew, are not among them."
-    return [m for m in click_order(runs.metrics['model'].unique()) if split_name(m)[0] == HISAM and split_name(m)[1] and not size_of(m) and not m.endswith(('shortened', 'tuned'))]
+    return [m for m in click_order(runs.metrics['model'].unique()) if split_name(m)[0] == HISAM and split_name(m)[1] and not size_of(m) and not re.search(r'(^|-)(shortened|tuned)(-|$)', split_name(m)[1])]
 
 # %% ../../nbs/reporting/04_click_through.ipynb #c26
 def beside(runs: Runs, experiment: str) -> Runs | None:
@@ -624,10 +625,28 @@ def shortened_runs(runs: Runs) -> Runs | None:
     back = {m: named(base, variant.removesuffix('shortened').removesuffix('-')) for m in runs.metrics['model'].unique() for base, variant in [split_name(m)] if re.fullmatch(r'(.+-)?shortened', variant)}
     return renamed(runs, back) if back else None
 
-def tuned_runs(runs: Runs) -> Runs | None:
+CONTENT = 'gated-no-rope'   # a transformer that reads by content alone: no positions, and a gate on what attention gives
+
+def tuned_names(runs: Runs) -> dict[str, dict[str, str]]:
+    "For each model that was run at its best, its names: {'hi-sam': {'': 'hi-sam+x-tuned', 'gated-no-rope': 'hi-sam+x-tuned-gated-no-rope'}}."
+    found = {}
+    for model in click_order(runs.metrics['model'].unique()):
+        base, variant = split_name(model)
+        if told := re.fullmatch(r'(?:.+-)?tuned(?:-(.+))?', variant): found.setdefault(base, {})[told[1] or ''] = model
+    return found
+
+def tuned_runs(runs: Runs, how: str = '' # what stands behind `tuned`; models that were not run so are taken without it
+               ) -> Runs | None:
     "The runs of every model at its best, equally tuned, under the models' bare names, and the floors of these data sets; None where there are none."
-    back = {m: split_name(m)[0] for m in runs.metrics['model'].unique() if re.fullmatch(r'(.+-)?tuned', split_name(m)[1])}
-    return renamed(on_datasets(runs, {d for d, m, _ in runs.records if m in back}), back | {m: m for m in FLOORS}) if back else None
+    found = tuned_names(runs)
+    if not any(how in names for names in found.values()): return None
+    back = {names.get(how, names.get('')): base for base, names in found.items() if how in names or '' in names}
+    return renamed(on_datasets(runs, {d for d, m, _ in runs.records if m in back}), back | {m: m for m in FLOORS})
+
+def content_table(runs: Runs, name: str = 'click-through-content') -> Table:
+    "Every model at its best that was also run without positions and with a gate, and what it has more so. ValueError when there is none."
+    pairs_ = {model: named(base, how) for base, names in tuned_names(runs).items() for how, model in names.items() if how in ('', CONTENT)}
+    return changed_table(renamed(runs, pairs_), {named(m, CONTENT): m for m in MODELS}, 'content', name, 'at its best that reads by content alone', 'Transformers at their best without positions and with a gate on what attention gives; subtracted is the same model with positions and without a gate.')
 
 # %% ../../nbs/reporting/04_click_through.ipynb #c44
 ALSO = {'no-alignment': 'also lets the gradient of the reconstruction into the shared code', 'no-anchors': 'also lacks the token from which the score is read; the last code is read instead',
@@ -1352,6 +1371,7 @@ def time_saved(name: str = LATENCY) -> Callable[[Runs], list[Effect]]:
 _PAPER = 'Hi-SAM, KDD 2026'
 def _the(model): return ('' if model == 'din' else 'the ') + MODELS[model] + (' model' if model == 'hstu' else '')
 _BEST = dict.fromkeys(MODELS, '+item-id-factors-300-user-tuned') | dict.fromkeys(('id-transformer', 'hstu'), '+factors-300-user-tuned') | {'din': '+factors-300-tuned'}   # at its best on ml-1m
+_GATED = ('id-transformer', 'feature-transformer')   # rivals that were run by content alone as well
 def _part(variant): return beats(HISAM, f'{HISAM}+{variant}')
 def _asked(still, measure): return frozen(measure) if still else measure
 _EFFECT = ' (The mechanism is the paper\'s [A]; its effect on AUC is tested as ours [P].)'
@@ -1371,6 +1391,10 @@ HISAM_CLAIMS = (
                              ('known-factors', 'known-factors', 'the factors alone')) for tail in ('', '-forget') if not (tail and other.endswith('-user')) for still in (False, True) for metric in ('auc', 'gauc')),
     *(Claim(f'hi-sam-tuned-over-{m}{"-gauc" * (metric == "gauc")}{"-frozen" * still}', 'this compendium', f'Behind 300 items, each with all that was found to help it (a vector of the user, and vectors of items that begin with factors, also beside codes and features) and equally tuned, Hi-SAM has a higher {MEASURES[metric]} than {_the(m)}' + (', with every history frozen before the test.' if still else '.'), 'P',
             'click_through', _asked(still, beats(HISAM + _BEST[HISAM], m + _BEST[m], metric))) for m in RIVALS for still in (False, True) for metric in ('auc', 'gauc')),
+    *(Claim(f'hi-sam-by-content-over-{m}{"-gauc" * (metric == "gauc")}{"-frozen" * still}', 'this compendium', f'As before, and the Transformers (but for the flat-id one) without positions and with a gate, Hi-SAM has a higher {MEASURES[metric]} than {_the(m)}' + (', with every history frozen before the test.' if still else '.'), 'P',
+            'click_through', _asked(still, beats(f'{HISAM}{_BEST[HISAM]}-{CONTENT}', f'{m}{_BEST[m]}' + f'-{CONTENT}' * (m in _GATED), metric))) for m in RIVALS for still in (False, True) for metric in ('auc', 'gauc')),
+    *(Claim(f'by-content-{m}{"-gauc" * (metric == "gauc")}{"-frozen" * still}', 'this compendium', f'At its best, {_the(m) if m != HISAM else "Hi-SAM"} has a higher {MEASURES[metric]} without positions and with a gate on what attention gives than with positions and without a gate' + (', with every history frozen before the test.' if still else '.'), 'P',
+            'click_through', _asked(still, beats(f'{m}{_BEST[m]}-{CONTENT}', m + _BEST[m], metric))) for m in (HISAM, *_GATED) for still in (False, True) for metric in ('auc', 'gauc')),
     *(Claim(f'user-vector-{m.partition("+")[0]}{"-gauc" * (metric == "gauc")}{"-frozen" * still}', 'this compendium', f'A vector of the user raises the {MEASURES[metric]} of {said}, behind 300 items and with vectors of items that begin with factors' + (', with every history frozen before the test.' if still else '.'), 'P', 'click_through',
             _asked(still, beats(f'{m}-user', m, metric)))
       for m, said in ((f'{HISAM}+item-id-factors-300', 'Hi-SAM with an item id'), ('id-transformer+factors-300', _the('id-transformer'))) for still in (False, True) for metric in ('auc', 'gauc')),
