@@ -78,8 +78,8 @@ def class_of(model: str) -> str:
     return CLASSES[ids or base not in TEXT_MODELS]
 
 def amount_of(model: str) -> tuple[str, int] | None:
-    "('rank', 4) of 'l2rec+rank-4', ('fraction', 10) of 'learn+fraction-10'; None if the part is no amount."
-    found = re.fullmatch(rf"({'|'.join(SIZES)}|fraction)-(\d+)", pieces(model)[2])
+    "('rank', 4) of 'l2rec+rank-4'; None if the part is no amount."
+    found = re.fullmatch(rf"({'|'.join(SIZES)})-(\d+)", pieces(model)[2])
     return (found[1], int(found[2])) if found else None
 
 def share_of(model: str) -> tuple[str, int]:
@@ -90,12 +90,13 @@ def share_of(model: str) -> tuple[str, int]:
 
 # %% ../../nbs/reporting/05_dual_view.ipynb #c08
 def dual_order(models: Iterable[str]) -> list[str]:
-    "`models` in the order of every table: inductive first, then by MODELS, PARTS and amount, what these do not know last."
+    "`models` in the order of every table: inductive first, then by MODELS, trained on all users first, PARTS and amount, what these do not know last."
     def place(name, known): return (list(known).index(name) if name in known else len(known), name)
     def key(model):
-        base, _, part = pieces(model)
-        what, n = amount_of(model) or ('', 0)
-        return CLASSES.index(class_of(model)), place(base, MODELS), bool(what), place(what, SIZES) if what else place(part, ('', *PARTS)), n
+        bare, percent = share_of(model)
+        base, _, part = pieces(bare)
+        what, n = amount_of(bare) or ('', 0)
+        return CLASSES.index(class_of(model)), place(base, MODELS), percent < 100, percent, bool(what), place(what, SIZES) if what else place(part, ('', *PARTS)), n
     return sorted(set(models), key=key)
 
 def told_part(part: str) -> str:
@@ -448,7 +449,7 @@ def own_size(runs: Runs, dataset: str, core: str, what: str) -> int:
 
 def sizes_table(runs: Runs, name: str = 'dual-view-sizes', gains: pl.DataFrame | None = None) -> Table:
     "L2Rec with other numbers of experts, ranks and Top-N; ValueError when there is none."
-    sized = [m for m in models_of(runs) if pieces(m)[0] == L2REC and (amount_of(m) or ('',))[0] in SIZES]
+    sized = [m for m in models_of(runs) if pieces(m)[0] == L2REC and amount_of(m)]
     if not sized: raise ValueError(f'no run of {runs.experiment} has another size (such as {L2REC}+experts-2, {L2REC}+rank-4 or {L2REC}+top-1)')
     gains, cores = l2rec_minus(runs, sized) if gains is None else gains, [c for c in (L2REC, WITH_IDS) if c in models_of(runs)]
     long, rows = summarise(within(runs, [*cores, *sized]), METRICS), []
@@ -564,8 +565,8 @@ def fraction_model(core: str, percent: int) -> str:
 # %% ../../nbs/reporting/05_dual_view.ipynb #c51
 def sparsity(runs: Runs) -> pl.DataFrame:
     "dataset, model (a core), percent of the training users, mean, ci_low, ci_high, n_seeds: of every model that was run on fewer users."
-    cores = dual_order({core_of(m) for m in runs.metrics['model'].unique() if (amount_of(m) or ('',))[0] == 'fraction'})
-    names = {fraction_model(c, n): (c, n) for c in cores for n in {100, *(amount_of(m)[1] for m in runs.metrics['model'].unique() if (amount_of(m) or ('',))[0] == 'fraction')}}
+    few = {(m, n) for m, n in map(share_of, runs.metrics['model'].unique()) if n < 100 and m == core_of(m)}
+    names = {fraction_model(c, n): (c, n) for c in dual_order({m for m, _ in few}) for n in {100, *(n for _, n in few)}}
     found = summarise(within(runs, names), [MAIN])
     rows = [(r['dataset'], *names[r['model']], r['mean'], r['ci_low'], r['ci_high'], r['n_seeds']) for r in found.iter_rows(named=True)]
     schema = {'dataset': pl.String, 'model': pl.String, 'percent': pl.Int64, 'mean': pl.Float64, 'ci_low': pl.Float64, 'ci_high': pl.Float64, 'n_seeds': pl.Int64}
@@ -923,7 +924,7 @@ def or_with_fewer_users(measure: Callable[[Runs], list[Effect]]) -> Callable[[Ru
     "`measure`, and where it has no value, that of the runs on the greatest share of the training users on which parts of L2Rec were left out."
     def there(runs: Runs) -> list[Effect]:
         effects = measure(runs)
-        for n in ablated_shares(runs):
+        for n in ablated_shares(runs) if any(e.value is None for e in effects) else ():
             few = {e.dataset: replace(e, seeds=f'{e.seeds}, {n} % of the users') for e in measure(at_share(runs, n)) if e.value is not None}
             effects = [few.get(e.dataset, e) if e.value is None else e for e in effects]
         return effects
@@ -976,7 +977,7 @@ def grows_with_sparsity(core: str = L2REC, other: str = 'learn') -> Callable[[Ru
     def measure(runs: Runs) -> list[Effect]:
         effects = []
         for dataset in runs.datasets():
-            shares = [{n for m in runs.metrics.filter(dataset=dataset)['model'].unique() if core_of(m) == c and (amount_of(m) or ('',))[0] == 'fraction' for n in (amount_of(m)[1],)} for c in (core, other)]
+            shares = [{n for m, n in map(share_of, runs.metrics.filter(dataset=dataset)['model'].unique()) if m == c and n < 100} for c in (core, other)]
             least = min(shares[0] & shares[1], default=None)
             names = [fraction_model(c, n) for n in (least or 100, 100) for c in (core, other)]
             values = user_means(runs, dataset, names)
