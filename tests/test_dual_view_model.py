@@ -131,7 +131,7 @@ def test_cuts_are_uniform():
 # --- the whole pass, one user at a time ---------------------------------------------------------------------------------------
 
 
-def aging_mean(model, vectors, history):
+def aging_mean(model, vectors, history):  # of the model, or of the answer of one of its views
     """The mean of item vectors of length 1 that count less the older they are, itself of length 1; nothing of nothing."""
     keep, total = torch.sigmoid(model.aging.keep), vectors.new_zeros(vectors.shape[1])
     for age, i in enumerate(reversed(history)): total = total + keep.to(vectors.dtype) ** age * vectors[i] / vectors[i].norm()
@@ -149,6 +149,19 @@ def fused(model, views):
         views = {view: x / ((x * x).sum() / len(x) + 1e-6).sqrt() for view, x in views.items()}
     h = model.fusion(views["semantic"][None], views["behaviour"][None])[0][0]
     return (model.readout(h) if model.settings.fused_in == "backbone" else h), views
+
+
+def apart(model, views, history):
+    """The user vector of two views of one user that answer apart, each among the items of its own head."""
+    answers = []
+    for view, to in zip(VIEWS, (model.text_answer, model)):
+        own, x = to.items.vectors(), views[view]
+        x = x + to.fusion.project[view].weight @ x + to.fusion.project[view].bias
+        x = (x - x.mean()) / (((x - x.mean()) ** 2).mean() + to.fusion.norm.eps).sqrt() * to.fusion.norm.weight + to.fusion.norm.bias
+        if own.shape[1] != len(x): x = to.readout.weight @ x + to.readout.bias
+        if model.settings.residual: x = x / math.sqrt(own.shape[1]) + aging_mean(to, own, history)
+        answers.append(x / x.norm())
+    return torch.cat(answers) / math.sqrt(2)
 
 
 def slow_pass(model, items, history):
@@ -177,12 +190,15 @@ def slow_pass(model, items, history):
             newest = 0 if s.order == "newest" and not model.causal else -1            # the place of the newest item
             out.append(pool(hidden) if view == "semantic" else hidden[0, newest])
         gates.append([g[0] for g in routes.gates])
-    h, views = fused(model, {view: x.to(vectors.dtype) for view, x in zip(VIEWS, out)})
+    views = {view: x.to(vectors.dtype) for view, x in zip(VIEWS, out)}
+    if s.fused_in == "scores": return apart(model, views, history), *views.values(), gates
+    h, views = fused(model, views)
     return h / math.sqrt(D) + aging_mean(model, vectors, history) if s.residual else h, *(views[v] for v in VIEWS), gates
 
 
 @pytest.mark.parametrize("kind", ["bert", "qwen3"])
-@pytest.mark.parametrize("how", [{}, dict(order="newest"), dict(max_length=3, max_tokens=9), dict(chunk_tokens=8), dict(chunk_tokens=10**6), dict(width=10, ids=True), dict(residual=False), dict(fused_in="items"), dict(fused_in="items", width=10, head_hidden=6)], ids=str)
+@pytest.mark.parametrize("how", [{}, dict(order="newest"), dict(max_length=3, max_tokens=9), dict(chunk_tokens=8), dict(chunk_tokens=10**6), dict(width=10, ids=True), dict(residual=False), dict(fused_in="items"), dict(fused_in="items", width=10, head_hidden=6),
+                                 dict(fused_in="scores", ids=True), dict(fused_in="scores", width=10, head_hidden=6), dict(fused_in="scores", residual=False, order="newest")], ids=str)
 def test_the_pass_is_that_of_one_user_at_a_time(split, folders, kind, how):
     items = texts_of(split, fused_in=how.get("fused_in"))
     model, histories = make(split, folders, kind, items=items, reading="whole", **how).double().eval(), random_histories(shortest=1)
@@ -199,17 +215,54 @@ def test_the_pass_is_that_of_one_user_at_a_time(split, folders, kind, how):
 
 
 @readings
-def test_encode_and_catalogue_have_length_one(split, folders, reading):
-    model, batch = make(split, folders, reading=reading).eval(), batch_of(random_histories())
+@pytest.mark.parametrize("fused_in", ["backbone", "scores"])
+def test_encode_and_catalogue_have_length_one(split, folders, reading, fused_in):
+    model, batch = make(split, folders, reading=reading, fused_in=fused_in).eval(), batch_of(random_histories())
     users, items = model.encode(batch), model.catalogue()
     torch.testing.assert_close(users.norm(dim=1), torch.ones(9))
     torch.testing.assert_close(items.norm(dim=1), torch.ones(split.n_items))
     assert not users.requires_grad and model.scores(batch).shape == (9, split.n_items)
 
 
+def test_views_that_answer_apart_score_by_the_mean_of_their_cosines(split, folders):
+    model, batch = make(split, folders, fused_in="scores").eval(), batch_of(random_histories(shortest=1))
+    with torch.no_grad():
+        answers, unit = model.represent(batch)["answers"], torch.nn.functional.normalize
+        cosines = [unit(answers[view], dim=1) @ unit(to.items.vectors(), dim=1).T for view, to in zip(VIEWS, (model.text_answer, model))]
+    torch.testing.assert_close(model.scores(batch), sum(cosines) / 2)
+
+
+def test_one_view_that_answers_apart_is_that_view(split, folders):
+    for view in VIEWS:
+        one, plain = (make(split, folders, views=(view,), fused_in=fused_in) for fused_in in ("scores", "backbone"))
+        assert one.text_answer is None and one.scores(batch_of([[1, 2], [5]])).equal(plain.scores(batch_of([[1, 2], [5]])))
+
+
+def test_views_that_answer_apart_have_losses_of_their_own(split, folders):
+    """Its loss is the sum of both; and where nothing is shared in the backbone, no gradient of one view's loss reaches the other's weights."""
+    torch.manual_seed(0)
+    batch = Windows(split, 7)[np.arange(8)]
+    for targets in ("catalogue", "batch"):
+        model = make(split, folders, fused_in="scores", shared=0, bpc_weight=0., balance_weight=0., targets=targets)
+        value, parts = model.loss(batch)
+        out, unit = model.represent(batch, every=True), torch.nn.functional.normalize
+        target = batch.following[out["at"]]
+        rivals = torch.unique(target) if targets == "batch" else model.trained.nonzero().flatten()
+        each = {}
+        for view, to in zip(VIEWS, (model.text_answer, model)):
+            logits = unit(out["answers"][view], dim=1) @ unit(to.items.vectors(), dim=1)[rivals].T / to.log_temperature.exp()
+            each[view] = torch.nn.functional.cross_entropy(logits, torch.searchsorted(rivals, target))
+        torch.testing.assert_close(value, each["semantic"] + each["behaviour"])
+        assert parts["contrastive"].item() == value.item()
+        own = {view: {name for name, p in model.named_parameters() if p.requires_grad and (g := torch.autograd.grad(each[view], p, retain_graph=True, allow_unused=True)[0]) is not None and g.abs().max() > 0} for view in VIEWS}
+        assert own["semantic"] and own["behaviour"] and not own["semantic"] & own["behaviour"]
+        assert {name.split(".")[0] for name in own["semantic"]} == {"text_answer", "backbone"}
+
+
 @readings
-def test_alone_as_in_company(split, folders, reading):
-    model, histories = make(split, folders, reading=reading).eval(), random_histories(12, seed=2)
+@pytest.mark.parametrize("fused_in", ["backbone", "scores"])
+def test_alone_as_in_company(split, folders, reading, fused_in):
+    model, histories = make(split, folders, reading=reading, fused_in=fused_in).eval(), random_histories(12, seed=2)
     together = model.encode(batch_of(histories))
     torch.testing.assert_close(torch.cat([model.encode(batch_of([h])) for h in histories]), together, rtol=1e-4, atol=1e-5)
     order = np.random.default_rng(0).permutation(12)
@@ -239,9 +292,9 @@ def test_tokens_left_out_in_training_alone(split, folders, reading):
 
 
 @readings
-@pytest.mark.parametrize("kind", ["bert", "qwen3"])
-def test_targets_and_later_items_change_nothing(split, folders, kind, reading):
-    model = make(split, folders, kind, reading=reading).eval()
+@pytest.mark.parametrize("kind, how", [("bert", {}), ("qwen3", {}), ("bert", dict(fused_in="scores"))])
+def test_targets_and_later_items_change_nothing(split, folders, kind, how, reading):
+    model = make(split, folders, kind, reading=reading, **how).eval()
     targets = Targets(split, "test", 7)
     batch = targets[np.arange(10)]
     other = Batch(batch.user, batch.history, batch.offsets, batch.length, target=(batch.target + 3) % 15, target_row=batch.target_row, following=batch.history.flip(0))
@@ -324,9 +377,9 @@ def test_a_catalogue_of_one_item(folders):
 
 
 @readings
-@pytest.mark.parametrize("kind", ["bert", "qwen3"])
-def test_what_is_trained_gets_a_gradient_and_what_is_frozen_none(split, folders, kind, reading):
-    model = make(split, folders, kind, ids=True, width=10, routing="dense", reading=reading)
+@pytest.mark.parametrize("kind, how", [("bert", {}), ("qwen3", {}), ("bert", dict(fused_in="scores"))])
+def test_what_is_trained_gets_a_gradient_and_what_is_frozen_none(split, folders, kind, how, reading):
+    model = make(split, folders, kind, ids=True, width=10, routing="dense", reading=reading, **how)
     model.loss(Windows(split, 7)[np.arange(30)])[0].backward()
     for name, p in model.named_parameters():
         inside = name.startswith("backbone.") and "dpmoe" not in name
@@ -397,7 +450,8 @@ def test_bfloat16_autocast(split, folders, reading):
                                  dict(place_dropout=.5), dict(residual=False), dict(head_hidden=8), dict(pooling="mean", behaviour_pooling="last"), dict(pooling="last", behaviour_pooling="mean"), dict(attention="sdpa"), dict(blocks=1),
                                  dict(bpc_weight=0., balance_weight=0.), dict(targets="batch"), dict(width=10), dict(reading="whole", adapter="lora"), dict(reading="whole", semantic=0), dict(reading="whole", views=("semantic",)),
                                  dict(reading="whole", views=("behaviour",)), dict(reading="whole", pooling="cls", behaviour_pooling="last"), dict(reading="whole", order="newest"), dict(reading="whole", cuts=3),
-                                 dict(reading="whole", targets="batch"), dict(pooling="newest", behaviour_pooling="auto")], ids=str)
+                                 dict(reading="whole", targets="batch"), dict(pooling="newest", behaviour_pooling="auto"),
+                                 dict(fused_in="scores"), dict(fused_in="scores", reading="whole", cuts=2), dict(fused_in="scores", targets="batch", width=10, ids=True), dict(fused_in="scores", views=("semantic",))], ids=str)
 def test_every_switch_trains_and_ranks(split, folders, how):
     model = make(split, folders, shaken=False, **how)
     value, parts = model.loss(Windows(split, 7)[np.arange(10)])
@@ -519,14 +573,15 @@ def module_of(split, folders, how=None, **training):
     return DualViewModule(model, data, ks=(5, 10), **{"lr": 3e-3, **training}), data
 
 
-def test_groups_hold_every_parameter_once(split, folders):
-    module, _ = module_of(split, folders, dict(ids=True))
+@pytest.mark.parametrize("fused_in", ["backbone", "scores"])
+def test_groups_hold_every_parameter_once(split, folders, fused_in):
+    module, _ = module_of(split, folders, dict(ids=True, fused_in=fused_in))
     groups, names = module.model.parameter_groups(1., 2., .5), {id(p): name for name, p in module.model.named_parameters()}
     seen = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(seen) == sum(p.requires_grad for p in module.model.parameters())
     for name, (lr, decay) in seen.items():
         assert lr == (1. if name.startswith("backbone.") else 2.), name
-        assert (decay == 0.) == (dict(module.model.named_parameters())[name].dim() < 2 or name.startswith("items.id")), name
+        assert (decay == 0.) == (dict(module.model.named_parameters())[name].dim() < 2 or name.endswith("items.id.weight")), name
     assert seen["log_temperature"] == (2., 0.)
 
 
@@ -600,7 +655,7 @@ def test_one_way_to_set_up(folders, monkeypatch):
 # --- kept models ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [{}, dict(adapter="lora"), dict(adapter="none"), dict(ids=True, views=("behaviour",), signals=("context",))], ids=str)
+@pytest.mark.parametrize("how", [{}, dict(adapter="lora"), dict(adapter="none"), dict(ids=True, views=("behaviour",), signals=("context",)), dict(fused_in="scores", ids=True)], ids=str)
 def test_kept_models_are_the_same(split, folders, tmp_path, how):
     model, batch = make(split, folders, **how).eval(), batch_of(random_histories())
     folder = save_l2rec(model, tmp_path / "model")

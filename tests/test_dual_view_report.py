@@ -176,12 +176,21 @@ def test_the_ablation(runs, parts):
     assert row(parts, model='l2rec+ids-no-bpc', metric='test/ndcg@10')['core'] == 'l2rec+ids' and any(n.startswith('**Not run**') and 'frozen backbone (heads only) (with ids)' in n for n in table.notes)
     assert table.notes[0].startswith('**More than one part**: ') and '*semantic view only* and *behaviour view only* each: lacks ACF and BPC too' in table.notes[0] and dual_view.also_note(['l2rec+no-bpc']) == []
     said = dual_view.describe_ablation(parts)
-    assert 'L2Rec (21 variants): the largest loss is that of *frozen backbone (heads only)' in said and 'Below L2Rec, by an interval that excludes zero: ' in said
+    assert 'L2Rec (24 variants): the largest loss is that of *frozen backbone (heads only)' in said and 'Below L2Rec, by an interval that excludes zero: ' in said
     hurt = parts.with_columns(mean=-.01, ci_low=-.02, ci_high=-.005)
     assert 'none lies below it. **Above L2Rec**: no shared experts' in dual_view.describe_ablation(hurt)
     with pytest.raises(ValueError, match='no run of dual_view is a variant of L2Rec'): dual_view.ablation_table(dual_view.within(runs, ['l2rec', 'learn']))
     orphan = dual_view.within(runs, ['l2rec+no-bpc'])   # a part without the whole
     assert len(dual_view.ablation_table(orphan).rows) == 1 and 'No variant can be paired' in dual_view.describe_ablation(dual_view.l2rec_minus(orphan, ['l2rec+no-bpc']))
+
+def test_a_part_that_l2rec_was_chosen_without(runs):
+    chosen = dual_view.within(runs, ['l2rec', 'l2rec+bpc', 'l2rec+all-tokens', 'l2rec+dense'])
+    for effect, other in zip(dual_view.bpc_helps(chosen), dual_view.better('l2rec+bpc', 'l2rec')(chosen)):
+        assert effect.value == other.value == pytest.approx(float((values_of(runs, 'l2rec+bpc') - values_of(runs, 'l2rec')).mean())) and effect.seeds.endswith('L2Rec as chosen has none')
+    (notes,) = [n for n in dual_view.ablation_table(chosen).notes if n.startswith('**Not run** on made-up-')][:1]
+    assert 'no shared experts' in notes and 'BPC' not in notes and 'tokens' not in notes
+    assert dual_view.bpc_helps(runs) == dual_view.part_helps('no-bpc')(runs)   # where both were run, the part that was left out
+
 
 def test_an_ablation_on_a_share_of_the_users_has_the_names_of_the_whole(runs):
     assert dual_view.share_of('l2rec+ids-fraction-25-no-user') == ('l2rec+ids-no-user', 25) and dual_view.share_of('l2rec+no-user') == ('l2rec+no-user', 100) and dual_view.share_of('learn+fraction-10') == ('learn', 10)
