@@ -1043,6 +1043,9 @@ L2REC_CLAIMS = (
     *(Claim(f'l2rec-over-{m}', 'this compendium', f'L2Rec without ids ranks better (NDCG@10) than the {MODELS[m]} model without ids.', 'P', 'dual_view', better(L2REC, m)) for m in ('unisrec', 'learn', 'hllm')),
     Claim('l2rec-two-views-over-semantic', _PAPER, 'Both views rank better (NDCG@10) than the semantic view alone.' + _OURS, 'P', 'dual_view', part_helps('semantic-only')),
     Claim('l2rec-two-views-over-behaviour', _PAPER, 'Both views rank better (NDCG@10) than the behaviour view alone.' + _OURS, 'P', 'dual_view', part_helps('behaviour-only')),
+    *(Claim(f'l2rec-apart-over-{short}', 'this compendium', f'Two views that answer apart, their scores added up, rank better (NDCG@10) than {what}.', 'P', 'dual_view', better(f'{L2REC}+fused-in-scores', other))
+      for short, what, other in (('semantic', 'the semantic view alone', f'{L2REC}+semantic-only'), ('behaviour', 'the behaviour view alone', f'{L2REC}+behaviour-only'), ('joined', 'L2Rec, which fuses them into one vector', L2REC),
+                                 ('unisrec', f"the {MODELS['unisrec']} model without ids", 'unisrec'))),
     Claim('l2rec-dpmoe-over-lora', _PAPER, 'DPMoE ranks better (NDCG@10) than one plain LoRA of equal size in both views.' + _OURS, 'P', 'dual_view', part_helps('', 'lora')),
     Claim('l2rec-adapters', 'this compendium', 'DPMoE ranks better (NDCG@10) than the frozen backbone with trained heads.', 'P', 'dual_view', part_helps('frozen')),
     Claim('l2rec-shared-experts', _PAPER, 'Experts shared by both views help (NDCG@10).' + _OURS, 'P', 'dual_view', part_helps('no-shared')),
