@@ -401,7 +401,7 @@ def describe_dual_view(runs: Runs, gains: pl.DataFrame) -> str:
     return '\n'.join(lines)
 
 # %% ../../nbs/reporting/05_dual_view.ipynb #c36
-ALSO = {'semantic-only': 'lacks ACF and BPC too', 'behaviour-only': 'lacks ACF and BPC too', 'fused-in-scores': 'lacks ACF too, and has an item head for each view', 'no-shared': 'has fewer parameters', 'no-semantic-pool': 'has fewer parameters', 'no-behaviour-pool': 'has fewer parameters',
+ALSO = {'semantic-only': 'lacks ACF and BPC too', 'behaviour-only': 'lacks ACF and BPC too', 'fused-in-scores': 'lacks ACF and BPC too and has an item head for each view', 'no-shared': 'has fewer parameters', 'no-semantic-pool': 'has fewer parameters', 'no-behaviour-pool': 'has fewer parameters',
         'dense': 'has all experts of the view active for each user', 'equal': 'has all experts of the view active for each user', 'frozen': 'has no adapters at all'}   # what a variant changes beside what it is named for
 
 def at_share(runs: Runs, percent: int) -> Runs:
