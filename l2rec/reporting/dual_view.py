@@ -1046,6 +1046,8 @@ L2REC_CLAIMS = (
     *(Claim(f'l2rec-apart-over-{short}', 'this compendium', f'Two views that answer apart, their scores added up, rank better (NDCG@10) than {what}.', 'P', 'dual_view', better(f'{L2REC}+fused-in-scores', other))
       for short, what, other in (('semantic', 'the semantic view alone', f'{L2REC}+semantic-only'), ('behaviour', 'the behaviour view alone', f'{L2REC}+behaviour-only'), ('joined', 'L2Rec, which fuses them into one vector', L2REC),
                                  ('unisrec', f"the {MODELS['unisrec']} model without ids", 'unisrec'))),
+    *(Claim(f'l2rec-apart-ids-over-{other.replace("+", "-")}', 'this compendium', f'Two views that answer apart, with ids, rank better (NDCG@10) than {name_of(other)}.', 'P', 'dual_view', joined_before(better(f'{WITH_IDS}-fused-in-scores', other)))
+      for other in ('sasrec', 'item-knn', 'item-knn-last', 'unisrec+ids', WITH_IDS)),
     Claim('l2rec-dpmoe-over-lora', _PAPER, 'DPMoE ranks better (NDCG@10) than one plain LoRA of equal size in both views.' + _OURS, 'P', 'dual_view', part_helps('', 'lora')),
     Claim('l2rec-adapters', 'this compendium', 'DPMoE ranks better (NDCG@10) than the frozen backbone with trained heads.', 'P', 'dual_view', part_helps('frozen')),
     Claim('l2rec-shared-experts', _PAPER, 'Experts shared by both views help (NDCG@10).' + _OURS, 'P', 'dual_view', part_helps('no-shared')),
