@@ -9,7 +9,7 @@ import torch
 
 from l2rec.data.dataset import DataError, make_dataset
 from l2rec.data.splits import leave_last_out
-from l2rec.dual_view.items import COLDEST, ItemHead, ItemTexts, axes, cosine_in_batch, cosine_softmax, inverse_temperature, learned_temperature, make_item_texts
+from l2rec.dual_view.items import COLDEST, ItemHead, ItemTexts, axes, cosine_in_batch, cosine_softmax, inverse_temperature, learned_temperature, make_item_texts, word_vectors
 from worlds import table
 
 
@@ -109,6 +109,75 @@ def test_few_items_and_silent_axes(power):
     assert head.text.eq(0).all() and torch.equal(head.vectors()[0], head.linear.bias)
 
 
+# --- words ------------------------------------------------------------------------------------------------------------------
+
+BOX = "glove box nitrile caliper steel tape glue gel strip test scale gram".split()
+
+
+def worded(n=40, missing=(), seed=0):
+    rng = np.random.default_rng(seed)
+    lines = ["" if i in missing else ", ".join(rng.choice(BOX, rng.integers(2, 9))).title() + f" once{i}" for i in range(n)]
+    return ItemTexts(lines, torch.from_numpy(rng.standard_normal((n, 6)).astype(np.float32)) * torch.tensor([[bool(line)] for line in lines]), torch.tensor([bool(line) for line in lines]))
+
+
+def slow_words(texts, width):
+    "Cosines of all pairs from the definition in float64, [I, I]."
+    counts = [{w: line.lower().replace(",", "").split().count(w) for w in set(line.lower().replace(",", "").split())} for line in texts]
+    have = {w: sum(w in c for c in counts) for c in counts for w in c}
+    kept = sorted(w for w, n in have.items() if n >= 2)
+    table = np.array([[(1 + np.log(c[w])) * (1 + np.log((1 + len(texts)) / (1 + have[w]))) if w in c else 0. for w in kept] for c in counts])
+    unit = lambda x: x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6)
+    u, s, _ = np.linalg.svd(unit(table), full_matrices=False)
+    x = unit(u[:, :width] * s[:width])
+    return x @ x.T, len(kept)
+
+
+@pytest.mark.parametrize("width", [1, 5, 11])
+def test_words_against_their_definition(width):
+    items = worded(missing=(4,))
+    x, (cosines, kept) = word_vectors(tuple(items.texts), width), slow_words(items.texts, width)
+    assert x.shape == (40, width) and x.dtype == torch.float32 and kept == 12          # what stands in one text alone does not count
+    assert np.abs((x @ x.T).numpy() - cosines).max() < 1e-5
+    assert x[4].eq(0).all() and torch.allclose(x[items.known].norm(dim=1), torch.ones(39), atol=1e-5)
+
+
+def test_words_that_cannot_be_had_are_told():
+    with pytest.raises(ValueError, match="words=12: below 12, as there are 40 texts and 12 words"): word_vectors(tuple(worded().texts), 12)
+    with pytest.raises(ValueError, match="words=0: at least 1"): word_vectors(tuple(worded().texts), 0)
+    with pytest.raises(ValueError, match="no word stands in two of the 2 texts; use words=0"): word_vectors(("a thing", "another"), 1)
+    with pytest.raises(ValueError, match="words=50"): ItemHead(worded(), words=50)
+
+
+@pytest.mark.parametrize("hidden", [None, 7])
+def test_a_head_with_words_is_the_head_of_vectors_and_words(hidden):
+    items = worded(missing=(2, 5))
+    together = dataclasses.replace(items, vectors=torch.cat([torch.nn.functional.normalize(items.vectors, dim=1), word_vectors(tuple(items.texts), 5)], 1), sha256="")
+    torch.manual_seed(0)
+    plain = ItemHead(together, 8, hidden)
+    torch.manual_seed(0)
+    head = ItemHead(items, 8, hidden, words=5)
+    assert head.vectors().equal(plain.vectors()) and head.width == 8 and ItemHead(items, words=5).width == items.width
+    index = torch.tensor([[0, 2], [7, 5]])
+    assert torch.allclose(head.rows(index, 3 * items.vectors[index]), head.rows(index), atol=1e-5)       # a length says nothing
+    with pytest.raises(ValueError, match="words: a text vector alone"): head.read(items.vectors[:1])
+    assert head.to(torch.bfloat16).vectors().dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("words", [0, 5])
+def test_axes_that_point_the_other_way_elsewhere(words, monkeypatch):
+    "Another machine may find each axis with the other sign; what was trained on these is put on these."
+    items = worded(missing=(3,))
+    head = ItemHead(items, 6, hidden=7, words=words).eval()
+    found = axes(items.vectors, items.known, .5)
+    monkeypatch.setattr("l2rec.dual_view.items.axes", lambda *args: (lambda mean, turn: (mean, -turn))(*axes(*args)))
+    there = ItemHead(items, 6, hidden=7, words=words).eval()
+    there.load_state_dict(head.state_dict())
+    assert words or there.turn.equal(found[1])
+    assert not torch.allclose(there.vectors(), head.vectors(), atol=.1)
+    there.place(items)
+    assert torch.allclose(there.vectors(), head.vectors(), atol=1e-6)
+
+
 # --- head -------------------------------------------------------------------------------------------------------------------
 
 
@@ -172,7 +241,7 @@ def test_head_defaults_dropout_and_state():
     head = ItemHead(items, dropout=.5)
     assert head.width == 8 and head.source == items.sha256
     assert not torch.equal(head.vectors(), head.vectors()) and torch.equal(head.eval().vectors(), head.vectors())
-    assert set(head.state_dict()) == {"no_text", "linear.weight", "linear.bias"}
+    assert set(head.state_dict()) == {"no_text", "mean", "turn", "linear.weight", "linear.bias"}
     low = head.to(torch.bfloat16).vectors()
     assert low.dtype == torch.bfloat16 and low.isfinite().all()
     for wrong in (dict(width=0), dict(hidden=0), dict(dropout=1.), dict(whiten=-1.)):

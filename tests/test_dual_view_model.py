@@ -655,7 +655,7 @@ def test_one_way_to_set_up(folders, monkeypatch):
 # --- kept models ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [{}, dict(adapter="lora"), dict(adapter="none"), dict(ids=True, views=("behaviour",), signals=("context",)), dict(fused_in="scores", ids=True)], ids=str)
+@pytest.mark.parametrize("how", [{}, dict(adapter="lora"), dict(adapter="none"), dict(ids=True, views=("behaviour",), signals=("context",)), dict(fused_in="scores", ids=True), dict(fused_in="scores", words=4)], ids=str)
 def test_kept_models_are_the_same(split, folders, tmp_path, how):
     model, batch = make(split, folders, **how).eval(), batch_of(random_histories())
     folder = save_l2rec(model, tmp_path / "model")
@@ -667,6 +667,25 @@ def test_kept_models_are_the_same(split, folders, tmp_path, how):
     assert trained <= stored < trained + 50_000 and sorted(p.name for p in tmp_path.iterdir()) == ["model"]
     save_l2rec(model, folder)                                                  # replaced, nothing beside it
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+def test_kept_models_are_the_same_where_axes_are_found_the_other_way(split, folders, tmp_path, monkeypatch):
+    from l2rec.dual_view import items
+    model, batch, found = make(split, folders, fused_in="scores", words=4).eval(), batch_of(random_histories()), items.axes
+    folder = save_l2rec(model, tmp_path / "model")
+    monkeypatch.setattr(items, "axes", lambda *args: (lambda mean, turn: (mean, -turn))(*found(*args)))
+    again = load_l2rec(folder, split, texts_of(split))
+    assert torch.allclose(again.encode(batch), model.encode(batch), atol=1e-5) and torch.allclose(again.catalogue(), model.catalogue(), atol=1e-5)
+
+
+def test_words_in_every_item_head_and_not_among_fused_items(split, folders):
+    model = make(split, folders, fused_in="scores", words=4)
+    assert [head.words.shape[1] for head in model.item_heads()] == [4, 4] and len(make(split, folders).item_heads()) == 1
+    assert model.items.linear.in_features == 16 and model.items.width == make(split, folders, fused_in="scores").items.width == 12
+    loss, _ = model.loss(batch_of([[1, 2, 4], [5, 6]], [[2, 4, 7], [6, 8]]))
+    loss.backward()
+    assert all(head.linear.weight.grad[:, 12:].abs().sum() > 0 for head in model.item_heads())
+    with pytest.raises(ValueError, match="words=4: with fused_in='items'"): make(split, folders, fused_in="items", words=4)
 
 
 def test_kept_models_refuse_what_is_not_theirs(split, folders, tmp_path):

@@ -68,9 +68,9 @@ class UniSRecLike(Retrieval):
     "SASRec's blocks over the item head's vectors, cosine scores, softmax over the items that training meets. Width D."
 
     def __init__(self, items: ItemTexts, trained: Tensor | None = None, width: int | None = 128, hidden: int | None = 512, ids: bool = False, heads: int = 1, blocks: int = 2,
-                 dropout: float = .5, text_dropout: float = .2, temperature: float = .07, max_length: int = 50, residual: bool = False):
+                 dropout: float = .5, text_dropout: float = .2, temperature: float = .07, max_length: int = 50, residual: bool = False, words: int = 0):
         super().__init__()
-        self.head = ItemHead(items, width, hidden, ids, text_dropout)
+        self.head = ItemHead(items, width, hidden, ids, text_dropout, words=words)
         self.tower = Tower(self.head.width, heads, blocks, dropout, max_length, residual)
         self.log_temperature = learned_temperature(temperature)
         self.register_buffer("trained", trained, persistent=False)                     # Bool[I], items that compete in the loss; None: all
@@ -83,10 +83,11 @@ class UniSRecLike(Retrieval):
                    text_dropout: float = .2,            # of the head's input
                    temperature: float = .07, max_length: int = 50,
                    residual: bool = False,              # the tower corrects the history's aging mean, as L2Rec's views do
+                   words: int = 0,                      # columns of the texts' words that the head reads too, see `word_vectors`; 0: none
                    ) -> "UniSRecLike":
         "Raises `DataError` if the texts belong to another catalogue."
         items.check_belongs(split)
-        return cls(items, torch.from_numpy(training_counts(split) > 0), width, hidden, ids, heads, blocks, dropout, text_dropout, temperature, max_length, residual)
+        return cls(items, torch.from_numpy(training_counts(split) > 0), width, hidden, ids, heads, blocks, dropout, text_dropout, temperature, max_length, residual, words)
 
     parameter_groups = optimiser_groups
 
@@ -122,13 +123,13 @@ class LEARNLike(UniSRecLike):
 
     @classmethod
     def from_split(cls, split: Split, items: ItemTexts, width: int | None = 128, hidden: int | None = 512, ids: bool = False, heads: int = 1, blocks: int = 2, dropout: float = .5,
-                   text_dropout: float = .2, temperature: float = .07, max_length: int = 50, residual: bool = False,
+                   text_dropout: float = .2, temperature: float = .07, max_length: int = 50, residual: bool = False, words: int = 0,
                    ahead: int | None = None, # later items that are targets; None: all
                    ) -> "LEARNLike":
         "Raises `DataError` if the texts belong to another catalogue."
         if ahead is not None and ahead < 1: raise ValueError(f"ahead={ahead}: at least 1, or None for all")
         items.check_belongs(split)
-        model = cls(items, torch.from_numpy(training_counts(split) > 0), width, hidden, ids, heads, blocks, dropout, text_dropout, temperature, max_length, residual)
+        model = cls(items, torch.from_numpy(training_counts(split) > 0), width, hidden, ids, heads, blocks, dropout, text_dropout, temperature, max_length, residual, words)
         model.ahead = ahead
         return model
 
@@ -195,9 +196,9 @@ class HLLMLike(Retrieval):
     "Item vectors from a text encoder that learns, SASRec's blocks over them, softmax over the items of the batch. Width D."
 
     def __init__(self, items: ItemTexts, encoder: TextEncoder, width: int | None = 128, hidden: int | None = 512, ids: bool = False, heads: int = 1, user_blocks: int = 2,
-                 dropout: float = .5, text_dropout: float = .2, temperature: float = .07, max_length: int = 50, residual: bool = False):
+                 dropout: float = .5, text_dropout: float = .2, temperature: float = .07, max_length: int = 50, residual: bool = False, words: int = 0):
         super().__init__()
-        self.encoder, self.head = encoder, ItemHead(items, width, hidden, ids, text_dropout)
+        self.encoder, self.head = encoder, ItemHead(items, width, hidden, ids, text_dropout, words=words)
         self.tower = Tower(self.head.width, heads, user_blocks, dropout, max_length, residual)
         self.log_temperature = learned_temperature(temperature)
         self._kept = None                                                              # (state of the weights, item vectors)
@@ -213,12 +214,12 @@ class HLLMLike(Retrieval):
                    chunk_tokens: int = 4096,            # in one pass of the backbone, padding included
                    width: int | None = 128, hidden: int | None = 512, ids: bool = False, heads: int = 1,
                    user_blocks: int = 2,                # of the tower
-                   dropout: float = .5, text_dropout: float = .2, temperature: float = .07, max_length: int = 50, residual: bool = False) -> "HLLMLike":
+                   dropout: float = .5, text_dropout: float = .2, temperature: float = .07, max_length: int = 50, residual: bool = False, words: int = 0) -> "HLLMLike":
         "Raises `DataError` if the texts belong to another catalogue or the encoder has another width."
         items.check_belongs(split)
         text = TextEncoder(items, encoder, blocks, rank, alpha, layers, item_tokens, pooling, chunk_tokens)
         if (d := text.model.config.hidden_size) != items.width: raise DataError(f"encoder '{encoder}' makes vectors of width {d}, and the item texts have width {items.width}; make both with the same encoder")
-        return cls(items, text, width, hidden, ids, heads, user_blocks, dropout, text_dropout, temperature, max_length, residual)
+        return cls(items, text, width, hidden, ids, heads, user_blocks, dropout, text_dropout, temperature, max_length, residual, words)
 
 # %% ../../nbs/dual_view/09_comparators.ipynb #c24
 class HLLMLike(HLLMLike):
@@ -226,7 +227,7 @@ class HLLMLike(HLLMLike):
                      ) -> Tensor:
         "Float[K, D] through the encoder as it is now."
         known = self.head.known[index]
-        raw = self.head.text.new_zeros(len(index), self.head.text.shape[1])
+        raw = self.head.text.new_zeros(len(index), self.encoder.model.config.hidden_size)
         if bool(known.any()): raw = raw.index_copy(0, known.nonzero().flatten(), self.encoder(index[known]))
         return self.head.rows(index, raw)
 

@@ -124,7 +124,7 @@ class Answer(nn.Module):
 
     def __init__(self, items: ItemTexts, s: SimpleNamespace, d: int, views: tuple[str, ...]):
         super().__init__()
-        self.items = ItemHead(items, s.width, s.head_hidden, s.ids, s.text_dropout)
+        self.items = ItemHead(items, s.width, s.head_hidden, s.ids, s.text_dropout, words=s.words)
         answers_with(self, s, d, views)
 
 
@@ -152,7 +152,8 @@ class L2Rec(Retrieval):
         self.settings, self.source, self.places, self.causal = s, source, min(s.max_length, positions), is_causal(backbone)
         if self.by_prefix and not takes_pair_masks(backbone):
             raise ValueError(f"reading='prefixes': {type(backbone).__name__} takes no mask of pairs of tokens, so it cannot read all prefixes in one pass; use reading='whole'")
-        self.items = ItemHead(items, s.width, s.head_hidden, s.ids, s.text_dropout)
+        if s.words and s.fused_in == "items": raise ValueError(f"words={s.words}: with fused_in='items' the semantic view goes through the item head as a text vector, and that has no words; use fused_in='backbone' or 'scores', or words=0")
+        self.items = ItemHead(items, s.width, s.head_hidden, s.ids, s.text_dropout, words=s.words)
         self.register_buffer("trained", trained, persistent=False)
         self.tokens = token_table(items.texts, tokenizer, s.item_tokens) if "semantic" in s.views else None
         d, D = width_of(backbone), self.items.width
@@ -174,6 +175,10 @@ class L2Rec(Retrieval):
 
     @property
     def n_items(self) -> int: return len(self.items.text)
+
+    def item_heads(self) -> list[ItemHead]:
+        "One, or one of each view that answers apart."
+        return [self.items] if self.text_answer is None else [self.text_answer.items, self.items]
 
 # %% ../../nbs/dual_view/08_model.ipynb #c16
 class L2Rec(L2Rec):
@@ -209,6 +214,7 @@ class L2Rec(L2Rec):
                    layers: int | list[int] | None = None, # blocks with experts; None: all
                    width: int | None = None,            # D of item and user vectors; None: the text vectors'
                    head_hidden: int | None = 512,       # units of the head's network; None: a linear head
+                   words: int = 0,                      # columns of the texts' words that the head reads beside the text vectors, see `word_vectors`; 0: none
                    temperature: float = .07,            # where the learned temperature begins
                    pooling: str = "auto",               # of the semantic view, see `pool_view`
                    behaviour_pooling: str = "newest",   # the place of the newest item (the last place of a causal backbone), or as in `pool_view`
@@ -497,5 +503,6 @@ def load_l2rec(folder: str | Path, split: Split, items: ItemTexts,
     heads, own = load_file(folder / "heads.safetensors"), {name: value for name, value in model.state_dict().items() if not name.startswith("backbone.")}
     if {name: value.shape for name, value in heads.items()} != {name: value.shape for name, value in own.items()}: raise DataError(f"{folder}: heads.safetensors does not fit the settings beside it")
     model.load_state_dict(heads, strict=False)
+    for head in model.item_heads(): head.place(items)
     if model.settings.adapter != "none": peft.set_peft_model_state_dict(model.backbone, load_file(folder / "adapter" / "adapter_model.safetensors"))
     return model.eval()
