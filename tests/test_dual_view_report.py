@@ -46,7 +46,7 @@ def parts(runs): return dual_view.l2rec_minus(runs, dual_view.ablations(runs))
 @pytest.fixture
 def own(made, tmp_path):
     "A copy that a test may change, with a few of the variants."
-    kept = {'no-bpc', 'no-balance', 'rank-4', 'experts-2', 'experts-12', 'fraction-10', 'fraction-10-no-bpc'}
+    kept = {'no-bpc', 'no-balance', 'words', 'rank-4', 'experts-2', 'experts-12', 'fraction-10', 'fraction-10-no-bpc'}
     def others(folder, names): return [n for n in names if Path(folder).name == BOOKS and dual_view.pieces(n)[2] not in {'', *kept}]
     shutil.copytree(made, tmp_path / 'own', ignore=others)
     return tmp_path / 'own'
@@ -176,7 +176,7 @@ def test_the_ablation(runs, parts):
     assert row(parts, model='l2rec+ids-no-bpc', metric='test/ndcg@10')['core'] == 'l2rec+ids' and any(n.startswith('**Not run**') and 'frozen backbone (heads only) (with ids)' in n for n in table.notes)
     assert table.notes[0].startswith('**More than one part**: ') and '*semantic view only* and *behaviour view only* each: lacks ACF and BPC too' in table.notes[0] and dual_view.also_note(['l2rec+no-bpc']) == []
     said = dual_view.describe_ablation(parts)
-    assert 'L2Rec (24 variants): the largest loss is that of *frozen backbone (heads only)' in said and 'Below L2Rec, by an interval that excludes zero: ' in said
+    assert 'L2Rec (25 variants): the largest loss is that of *frozen backbone (heads only)' in said and 'Below L2Rec, by an interval that excludes zero: ' in said
     hurt = parts.with_columns(mean=-.01, ci_low=-.02, ci_high=-.005)
     assert 'none lies below it. **Above L2Rec**: no shared experts' in dual_view.describe_ablation(hurt)
     with pytest.raises(ValueError, match='no run of dual_view is a variant of L2Rec'): dual_view.ablation_table(dual_view.within(runs, ['l2rec', 'learn']))
@@ -200,6 +200,21 @@ def test_an_ablation_on_a_share_of_the_users_has_the_names_of_the_whole(runs):
     assert row(dual_view.l2rec_minus(few, ['l2rec+no-bpc']), metric='test/ndcg@10')['mean'] == pytest.approx((a - b).mean(), abs=1e-7)
     table = dual_view.ablation_table(few, percent=10)
     assert [r[2] for r in table.rows] == ['L2Rec', 'no BPC'] and table.caption.startswith('Trained on 10 % of the users, tested on all. ') and dual_view.ablation_table(runs).caption.startswith('One part')
+
+def test_words_against_the_same_model_without(runs):
+    gains = dual_view.words_gains(runs)
+    assert gains['model'].unique(maintain_order=True).to_list() == ['l2rec', 'unisrec'] and all(r['core'] == dual_view.with_words(r['model']) for r in gains.iter_rows(named=True))
+    assert [dual_view.with_words(m) for m in ('l2rec+fused-in-scores', 'unisrec+ids', 'learn')] == ['l2rec+fused-in-scores-words', 'unisrec+ids-words', 'learn+words']
+    for model in ('l2rec', 'unisrec'):
+        a, b, r = values_of(runs, f'{model}+words'), values_of(runs, model), row(gains, model=model, metric='test/ndcg@10')
+        assert abs(r['mean'] - (a - b).mean()) < 1e-9 and abs(r['relative'] - (a - b).mean() / b.mean()) < 1e-9 and r['ci_low'] < r['mean'] < r['ci_high'] and r['p'] <= r['p_holm'] <= 2 * r['p'] + 1e-12
+    table = dual_view.words_table(runs, gains)
+    assert [r[2:4] for r in table.rows] == [('L2Rec', '2 / 2'), ('UniSRec-like', '2 / 2')] and set(table.long.filter(pl.col('metric').str.starts_with('words-plus'))['model']) == {'l2rec', 'unisrec'}
+    said = dual_view.describe_words(gains)
+    assert said.startswith(f'- **{BOOKS}**: ') and said.count('L2Rec') == said.count('UniSRec-like') == 1
+    assert 'Words **harm**' not in said and dual_view.describe_words(gains.with_columns(mean=-.01, ci_low=-.02, ci_high=-.005)).startswith(f'- **{BOOKS}**: Words **harm** L2Rec -.0100')
+    with pytest.raises(ValueError, match='unisrec.words and unisrec'): dual_view.words_table(dual_view.within(runs, ['l2rec', 'unisrec+words']))
+    assert dual_view.told_part('fused-in-scores-words') == 'views fused in their scores, with words'
 
 def test_sizes_stand_around_l2recs_own(runs, own):
     sized = dual_view.within(runs, [m for m in dual_view.models_of(runs) if m == 'l2rec' or dual_view.amount_of(m) and dual_view.core_of(m) == 'l2rec'])
@@ -435,7 +450,7 @@ def test_the_report_of_one_of_each_kind_and_of_two_models_with_one_seed_and_no_f
     full, text = reports(own, few)
     assert 'Not drawn' not in full
     def written(results): return {p.name for p in (results / 'demo').glob('*/*') if p.is_file()}
-    for name in ('dual-view', 'dual-view-ablation', 'dual-view-ablation-10', 'dual-view-sizes', 'dual-view-slices', 'dual-view-search', 'dual-view-cost', 'text-budget', 'view-start', 'expert-efficiency'): assert {f'{name}.{s}' for s in ('csv', 'md', 'tex')} <= written(own), name
+    for name in ('dual-view', 'dual-view-ablation', 'dual-view-ablation-10', 'dual-view-sizes', 'dual-view-words', 'dual-view-slices', 'dual-view-search', 'dual-view-cost', 'text-budget', 'view-start', 'expert-efficiency'): assert {f'{name}.{s}' for s in ('csv', 'md', 'tex')} <= written(own), name
     for name in ('dual-view-sparsity', 'dual-view-history-length', 'dual-view-training', 'expert-use', 'fusion-gate'): assert {f'{name}.{s}' for s in ('csv', 'png', 'pdf')} <= written(own), name
-    assert text.count('Not drawn') == 12 and 'LEARN-like, its only comparator: +' in text and '**No floors**' in text and '**Not tuned**' in text and 'every trained row (2) rests on one seed' in text
+    assert text.count('Not drawn') == 13 and 'LEARN-like, its only comparator: +' in text and '**No floors**' in text and '**Not tuned**' in text and 'every trained row (2) rests on one seed' in text
     assert written(few) == {f'{n}.{s}' for n in ('dual-view', 'dual-view-slices') for s in ('csv', 'md', 'tex')} | {f'dual-view-history-length.{s}' for s in ('csv', 'png', 'pdf')}
