@@ -175,6 +175,7 @@ def test_the_ablation(runs, parts):
     assert [r[2] for r in table.rows] == ['L2Rec', *dual_view.PARTS.values(), 'two-view LoRA', 'L2Rec with ids', 'no BPC (with ids)', 'two-view LoRA with ids']
     assert row(parts, model='l2rec+ids-no-bpc', metric='test/ndcg@10')['core'] == 'l2rec+ids' and any(n.startswith('**Not run**') and 'frozen backbone (heads only) (with ids)' in n for n in table.notes)
     assert table.notes[0].startswith('**More than one part**: ') and '*semantic view only* and *behaviour view only* each: lacks ACF and BPC too' in table.notes[0] and dual_view.also_note(['l2rec+no-bpc']) == []
+    assert '*views fused in their scores* and *views fused in their scores, with words* each: lacks ACF' in dual_view.also_note(['l2rec+fused-in-scores', 'l2rec+fused-in-scores-words'])[0]
     said = dual_view.describe_ablation(parts)
     assert 'L2Rec (25 variants): the largest loss is that of *frozen backbone (heads only)' in said and 'Below L2Rec, by an interval that excludes zero: ' in said
     hurt = parts.with_columns(mean=-.01, ci_low=-.02, ci_high=-.005)

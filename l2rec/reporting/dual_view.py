@@ -429,7 +429,9 @@ def ablation_table(runs: Runs, gains: pl.DataFrame | None = None, name: str = 'd
 def also_note(models: Iterable[str]) -> list[str]:
     "One sentence on what some of `models` change beside the part they are named for."
     said = {}
-    for part in dict.fromkeys(pieces(m)[2] for m in dual_order(models) if pieces(m)[2] in ALSO): said.setdefault(ALSO[part], []).append(f'*{PARTS[part]}*')
+    for part in dict.fromkeys(pieces(m)[2] for m in dual_order(models)):
+        first = next((known for known in ALSO if part == known or part.startswith(f'{known}-')), None)
+        if first: said.setdefault(ALSO[first], []).append(f'*{told_part(part)}*')
     return [f"**More than one part**: {'; '.join(f'{listed(names)} {what}' if len(names) == 1 else f'{listed(names)} each: {what}' for what, names in said.items())}."] if said else []
 
 def describe_ablation(gains: pl.DataFrame, metric: str = MAIN) -> str:
