@@ -128,7 +128,7 @@ class ItemHead(nn.Module):
         self.register_buffer("words", word_vectors(tuple(items.texts), words).to(items.vectors.device) if words else None, persistent=False)
         given = self._given(items.vectors, slice(None))
         for name, value in zip(("mean", "turn"), axes(given, items.known, whiten)): self.register_buffer(name, value)
-        for name, value in dict(text=(given - self.mean) @ self.turn, known=items.known.clone()).items(): self.register_buffer(name, value, persistent=False)
+        for name, value in dict(text=self._on_axes(given), known=items.known.clone()).items(): self.register_buffer(name, value, persistent=False)
         d = given.shape[1]
         self.no_text = nn.Parameter(torch.zeros(d))
         self.linear = nn.Linear(d, width)
@@ -140,16 +140,18 @@ class ItemHead(nn.Module):
         "The head's input before `axes`: text vectors, and where there are words those of the items, both of length 1."
         return raw if self.words is None else torch.cat([normalize(raw, dim=-1), self.words[index].to(raw.dtype)], -1)
 
+    def _on_axes(self, given: Tensor) -> Tensor: return (given - self.mean) @ self.turn
+
     def place(self, items: ItemTexts # those that the head was made with
               ) -> None:
         "Put the texts on the axes that were loaded: found anew on another machine, an axis may point the other way."
-        self.text = ((self._given(items.vectors.to(self.mean), slice(None)) - self.mean) @ self.turn).to(self.text)
+        self.text = self._on_axes(self._given(items.vectors.to(self.mean), slice(None))).to(self.text)
 
     def rows(self, index: Tensor,            # Int[...] item rows
              raw: Tensor | None = None,      # Float[..., d] in place of the frozen vectors: of an encoder that learns
              ) -> Tensor:
         "Float[..., D]"
-        text = self.text[index] if raw is None else (self._given(raw, index) - self.mean) @ self.turn
+        text = self.text[index] if raw is None else self._on_axes(self._given(raw, index))
         out = self._head(torch.where(self.known[index][..., None], text, self.no_text))
         return out if self.id is None else out + self.id(index)
 
@@ -161,7 +163,7 @@ class ItemHead(nn.Module):
              ) -> Tensor:
         "Float[..., D]: the vector that an item of this text would have, without id. Raises `ValueError` in a head with words."
         if self.words is not None: raise ValueError("words: a text vector alone has none, and this head reads them too")
-        return self._head((raw - self.mean) @ self.turn)
+        return self._head(self._on_axes(raw))
 
     def vectors(self) -> Tensor:
         "Float[I, D], the whole catalogue."
