@@ -202,20 +202,33 @@ def test_an_ablation_on_a_share_of_the_users_has_the_names_of_the_whole(runs):
     table = dual_view.ablation_table(few, percent=10)
     assert [r[2] for r in table.rows] == ['L2Rec', 'no BPC'] and table.caption.startswith('Trained on 10 % of the users, tested on all. ') and dual_view.ablation_table(runs).caption.startswith('One part')
 
-def test_words_against_the_same_model_without(runs):
-    gains = dual_view.words_gains(runs)
-    assert gains['model'].unique(maintain_order=True).to_list() == ['l2rec', 'unisrec'] and all(r['core'] == dual_view.with_words(r['model']) for r in gains.iter_rows(named=True))
-    assert [dual_view.with_words(m) for m in ('l2rec+fused-in-scores', 'unisrec+ids', 'learn')] == ['l2rec+fused-in-scores-words', 'unisrec+ids-words', 'learn+words']
-    for model in ('l2rec', 'unisrec'):
-        a, b, r = values_of(runs, f'{model}+words'), values_of(runs, model), row(gains, model=model, metric='test/ndcg@10')
-        assert abs(r['mean'] - (a - b).mean()) < 1e-9 and abs(r['relative'] - (a - b).mean() / b.mean()) < 1e-9 and r['ci_low'] < r['mean'] < r['ci_high'] and r['p'] <= r['p_holm'] <= 2 * r['p'] + 1e-12
-    table = dual_view.words_table(runs, gains)
-    assert [r[2:4] for r in table.rows] == [('L2Rec', '2 / 2'), ('UniSRec-like', '2 / 2')] and set(table.long.filter(pl.col('metric').str.starts_with('words-plus'))['model']) == {'l2rec', 'unisrec'}
-    said = dual_view.describe_words(gains)
-    assert said.startswith(f'- **{BOOKS}**: ') and said.count('L2Rec') == said.count('UniSRec-like') == 1
-    assert 'Words **harm**' not in said and dual_view.describe_words(gains.with_columns(mean=-.01, ci_low=-.02, ci_high=-.005)).startswith(f'- **{BOOKS}**: Words **harm** L2Rec -.0100')
-    with pytest.raises(ValueError, match='unisrec.words and unisrec'): dual_view.words_table(dual_view.within(runs, ['l2rec', 'unisrec+words']))
+def test_what_is_given_to_all_against_the_same_model_without(runs):
+    gains, part = dual_view.addition_gains(runs), dual_view.with_part
+    words, mean = gains.filter(added='words'), gains.filter(added='no-residual')
+    assert words['bare'].unique(maintain_order=True).to_list() == ['l2rec', 'unisrec'] and all(r['core'] == part(r['bare'], 'words') and r['model'] == r['bare'] for r in words.iter_rows(named=True))
+    assert mean['bare'].unique(maintain_order=True).to_list() == ['l2rec', 'unisrec', 'learn'] and all(r['model'] == part(r['bare'], 'no-residual') and r['core'] == r['bare'] for r in mean.iter_rows(named=True))
+    assert [part(m, 'words') for m in ('l2rec+fused-in-scores', 'unisrec+ids', 'learn')] == ['l2rec+fused-in-scores-words', 'unisrec+ids-words', 'learn+words']
+    assert dual_view.addition_pairs(['l2rec+behaviour-only', 'unisrec+words', 'l2rec+behaviour-only-no-residual', 'learn']) == [('no-residual', 'l2rec+behaviour-only', 'l2rec+behaviour-only', 'l2rec+behaviour-only-no-residual')]
+    pairs = 5
+    for has, lacks in (('l2rec+words', 'l2rec'), ('unisrec+words', 'unisrec'), ('l2rec', 'l2rec+no-residual'), ('unisrec', 'unisrec+no-residual'), ('learn', 'learn+no-residual')):
+        a, b, r = values_of(runs, has), values_of(runs, lacks), row(gains, core=has, model=lacks, metric='test/ndcg@10')
+        assert abs(r['mean'] - (a - b).mean()) < 1e-9 and abs(r['relative'] - (a - b).mean() / b.mean()) < 1e-9 and r['ci_low'] < r['mean'] < r['ci_high'] and r['p'] <= r['p_holm'] <= pairs * r['p'] + 1e-12
+    table = dual_view.additions_table(runs, gains)
+    assert [r[2:5] for r in table.rows if r[0] == BOOKS] == [('the aging mean', 'L2Rec', '2 / 2'), ('the aging mean', 'UniSRec-like', '2 / 2'), ('the aging mean', 'LEARN-like', '2 / 2'), ("the texts' words", 'L2Rec', '2 / 2'), ("the texts' words", 'UniSRec-like', '2 / 2')]
+    assert set(table.long.filter(pl.col('metric').str.starts_with('words-plus'))['model']) == {'l2rec', 'unisrec'} and set(table.long.filter(pl.col('metric').str.starts_with('residual-plus'))['model']) == {'l2rec', 'unisrec', 'learn'}
+    assert not table.long.select('dataset', 'model', 'metric').is_duplicated().any()
+    said = dual_view.describe_additions(gains).split('\n')
+    assert [s.split(':')[0] for s in said] == [f'- **{d}**, {what}' for d in runs.datasets() for what in ('the aging mean', "the texts' words")] and said[1].count('L2Rec') == said[1].count('UniSRec-like') == 1
+    assert '**harm**' not in said[1] and dual_view.describe_additions(words.with_columns(mean=-.01, ci_low=-.02, ci_high=-.005)).startswith(f"- **{BOOKS}**, the texts' words: **harm** to L2Rec -.0100")
+    with pytest.raises(ValueError, match='unisrec.no-residual and unisrec'): dual_view.additions_table(dual_view.within(runs, ['l2rec', 'unisrec+words']))
     assert dual_view.told_part('fused-in-scores-words') == 'views fused in their scores, with words'
+
+def test_the_gain_over_one_named_model_is_relative(runs):
+    effect = next(e for e in dual_view.over_model('l2rec', 'unisrec+no-residual')(runs) if e.dataset == BOOKS)
+    a, b = values_of(runs, 'l2rec'), values_of(runs, 'unisrec+no-residual')
+    assert effect.value == pytest.approx(a.mean() / b.mean() - 1) and effect.low < effect.value < effect.high and effect.seeds == '2 against 2'
+    absent = dual_view.over_model('l2rec', 'hllm+no-residual')(runs)[0]
+    assert absent.value is None and absent.reason == 'no record of hllm+no-residual'
 
 def test_sizes_stand_around_l2recs_own(runs, own):
     sized = dual_view.within(runs, [m for m in dual_view.models_of(runs) if m == 'l2rec' or dual_view.amount_of(m) and dual_view.core_of(m) == 'l2rec'])
@@ -451,7 +464,7 @@ def test_the_report_of_one_of_each_kind_and_of_two_models_with_one_seed_and_no_f
     full, text = reports(own, few)
     assert 'Not drawn' not in full
     def written(results): return {p.name for p in (results / 'demo').glob('*/*') if p.is_file()}
-    for name in ('dual-view', 'dual-view-ablation', 'dual-view-ablation-10', 'dual-view-sizes', 'dual-view-words', 'dual-view-slices', 'dual-view-search', 'dual-view-cost', 'text-budget', 'view-start', 'expert-efficiency'): assert {f'{name}.{s}' for s in ('csv', 'md', 'tex')} <= written(own), name
+    for name in ('dual-view', 'dual-view-ablation', 'dual-view-ablation-10', 'dual-view-sizes', 'dual-view-additions', 'dual-view-slices', 'dual-view-search', 'dual-view-cost', 'text-budget', 'view-start', 'expert-efficiency'): assert {f'{name}.{s}' for s in ('csv', 'md', 'tex')} <= written(own), name
     for name in ('dual-view-sparsity', 'dual-view-history-length', 'dual-view-training', 'expert-use', 'fusion-gate'): assert {f'{name}.{s}' for s in ('csv', 'png', 'pdf')} <= written(own), name
     assert text.count('Not drawn') == 13 and 'LEARN-like, its only comparator: +' in text and '**No floors**' in text and '**Not tuned**' in text and 'every trained row (2) rests on one seed' in text
     assert written(few) == {f'{n}.{s}' for n in ('dual-view', 'dual-view-slices') for s in ('csv', 'md', 'tex')} | {f'dual-view-history-length.{s}' for s in ('csv', 'png', 'pdf')}
