@@ -103,15 +103,38 @@ def test_looking_one_ahead_is_unisrec(split, items, folder):
     assert learn.loss(batch)[0].item() == pytest.approx(unisrec.loss(batch)[0].item(), abs=1e-5)
 
 
-def test_hllm_competes_among_the_items_of_the_batch(split, items, folder):
-    model = stir(make(HLLMLike, split, items, folder))
-    batch = Windows(split, max_length=10)[np.arange(3)]
-    value, parts = model.loss(batch)
-    distinct = sorted({*batch.history.tolist(), *batch.following.tolist()})
-    users = normalize(model.tower(model.vectors()[batch.history], batch)[0].double(), dim=1)
-    logits = users @ model.catalogue()[distinct].double().T / max(.01, model.log_temperature.exp().item())
-    slow = torch.nn.functional.cross_entropy(logits, torch.tensor([distinct.index(t) for t in batch.following.tolist()]))
-    assert int(parts["candidates"]) == len(distinct) and abs(value - slow) < 1e-4 * max(1, slow)
+def test_hllm_competes_among_what_training_has_read(split, items, folder):
+    model, windows = stir(make(HLLMLike, split, items, folder)), Windows(split, max_length=10)
+    first, batch = windows[np.arange(3)], windows[np.arange(3, 6)]
+    read = lambda b: {*b.history.tolist(), *b.following.tolist()}
+    for seen in ([], sorted(read(first) - read(batch))):               # nothing remembered, then an older batch
+        value, parts = model.eval().loss(batch)
+        distinct = sorted(read(batch)) + seen
+        users = normalize(model.tower(model.vectors()[batch.history], batch)[0].double(), dim=1)
+        vectors = model.catalogue()[distinct].double() if not seen else torch.cat([model.catalogue()[sorted(read(batch))], normalize(model.head.rows(torch.tensor(seen), raw=old), dim=1)]).double()
+        logits = users @ vectors.T / max(.01, model.log_temperature.exp().item())
+        slow = torch.nn.functional.cross_entropy(logits, torch.tensor([distinct.index(t) for t in batch.following.tolist()]))
+        assert int(parts["candidates"]) == len(distinct) and abs(value - slow) < 1e-4 * max(1, slow)
+        assert set(model.met.nonzero().flatten().tolist()) == (read(first) if seen else set())    # evaluation remembers nothing
+        if seen: break
+        with torch.no_grad(): old = model.read(torch.tensor(sorted(read(first) - read(batch))))
+        model.train().loss(first)
+        with torch.no_grad(): model.encoder.model.base_model.model.encoder.layer[0].attention.self.query.lora_B["default"].weight.add_(.3)
+    assert not torch.allclose(model.read(torch.tensor(seen)), old, atol=1e-3)                       # what is remembered is older than the encoder
+
+
+def test_hllm_has_unisrecs_loss_once_all_is_read_by_an_encoder_that_stands_still(split, items, folder):
+    hllm, unisrec, windows = make(HLLMLike, split, items, folder), make(UniSRecLike, split, items, folder), Windows(split, max_length=10)
+    unisrec.load_state_dict({n: v for n, v in hllm.state_dict().items() if not n.startswith(("encoder.", "memory", "met"))})
+    batch = windows[np.arange(20)]
+    hllm.loss(windows[np.arange(len(windows))])
+    assert torch.equal(hllm.met, unisrec.trained) and hllm.loss(batch)[0].item() == pytest.approx(unisrec.loss(batch)[0].item(), abs=1e-4)
+    hllm.loss(batch)[0].backward()
+    unisrec.loss(batch)[0].backward()
+    assert torch.allclose(hllm.head.linear.weight.grad, unisrec.head.linear.weight.grad, atol=1e-4)
+    twin = make(HLLMLike, split, items, folder, seed=3)
+    twin.load_state_dict(hllm.state_dict())
+    assert torch.equal(twin.memory, hllm.memory) and twin.loss(batch)[0].item() == hllm.loss(batch)[0].item()
 
 
 # --- what a vector may depend on --------------------------------------------------------------------------------------------
@@ -231,7 +254,7 @@ def test_ids_change_nothing_but_the_items(split, items, folder):
 
 def test_hllm_starts_as_unisrec(split, items, folder):
     hllm, unisrec = make(HLLMLike, split, items, folder).eval(), make(UniSRecLike, split, items, folder).eval()
-    unisrec.load_state_dict({n: v for n, v in hllm.state_dict().items() if not n.startswith("encoder.")})
+    unisrec.load_state_dict({n: v for n, v in hllm.state_dict().items() if not n.startswith(("encoder.", "memory", "met"))})
     batch = Targets(split, "test", max_length=10)[np.arange(9)]
     assert torch.allclose(hllm.scores(batch), unisrec.scores(batch), atol=1e-4)
 
@@ -281,7 +304,7 @@ def test_the_catalogue_is_kept_until_a_weight_changes(split, items, folder, monk
 def test_state_without_the_backbone_and_of_another_one(split, items, folder, tmp_path):
     model = stir(make(HLLMLike, split, items, folder))
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert {n for n, v in model.state_dict().items() if isinstance(v, torch.Tensor)} == trained | {"head.mean", "head.turn"}
+    assert {n for n, v in model.state_dict().items() if isinstance(v, torch.Tensor)} == trained | {"head.mean", "head.turn", "memory", "met"}
     twin = make(HLLMLike, split, items, folder, seed=5).eval()
     twin.load_state_dict(model.state_dict())
     batch = Targets(split, "test", max_length=10)[np.arange(5)]

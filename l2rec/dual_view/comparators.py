@@ -193,7 +193,7 @@ class TextEncoder(TextEncoder):
 
 # %% ../../nbs/dual_view/09_comparators.ipynb #c23
 class HLLMLike(Retrieval):
-    "Item vectors from a text encoder that learns, SASRec's blocks over them, softmax over the items of the batch. Width D."
+    "Item vectors from a text encoder that learns, SASRec's blocks over them, softmax over the items that training has read so far. Width D, text width d."
 
     def __init__(self, items: ItemTexts, encoder: TextEncoder, width: int | None = 128, hidden: int | None = 512, ids: bool = False, heads: int = 1, user_blocks: int = 2,
                  dropout: float = .5, text_dropout: float = .2, temperature: float = .07, max_length: int = 50, residual: bool = False, words: int = 0):
@@ -201,6 +201,9 @@ class HLLMLike(Retrieval):
         self.encoder, self.head = encoder, ItemHead(items, width, hidden, ids, text_dropout, words=words)
         self.tower = Tower(self.head.width, heads, user_blocks, dropout, max_length, residual)
         self.log_temperature = learned_temperature(temperature)
+        d = encoder.model.config.hidden_size
+        self.register_buffer("memory", self.head.no_text.new_zeros(len(items), d))       # Float[I, d], text vectors as training read them last
+        self.register_buffer("met", torch.zeros(len(items), dtype=torch.bool))           # Bool[I], whether it did
         self._kept = None                                                              # (state of the weights, item vectors)
 
     @classmethod
@@ -223,13 +226,16 @@ class HLLMLike(Retrieval):
 
 # %% ../../nbs/dual_view/09_comparators.ipynb #c24
 class HLLMLike(HLLMLike):
+    def read(self, index: Tensor # Int[K] item rows
+             ) -> Tensor:
+        "Float32[K, d], text vectors from the encoder as it is now; 0 without a text."
+        known, raw = self.head.known[index], self.memory.new_zeros(len(index), self.memory.shape[1])
+        return raw.index_copy(0, known.nonzero().flatten(), self.encoder(index[known])) if bool(known.any()) else raw
+
     def item_vectors(self, index: Tensor # Int[K] item rows
                      ) -> Tensor:
         "Float[K, D] through the encoder as it is now."
-        known = self.head.known[index]
-        raw = self.head.text.new_zeros(len(index), self.encoder.model.config.hidden_size)
-        if bool(known.any()): raw = raw.index_copy(0, known.nonzero().flatten(), self.encoder(index[known]))
-        return self.head.rows(index, raw)
+        return self.head.rows(index, self.read(index))
 
     def vectors(self) -> Tensor:
         "Float[I, D] of the whole catalogue, without gradient; in evaluation mode kept until a weight changes."
@@ -249,10 +255,13 @@ class HLLMLike(HLLMLike):
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         distinct, place = torch.unique(torch.cat([batch.history, batch.following]), return_inverse=True)
         history, following = place.chunk(2)
-        items = self.item_vectors(distinct)
+        raw = self.read(distinct)
+        older = self.met.index_fill(0, distinct, False).nonzero().flatten()              # remembered, not in the batch
+        items = self.head.rows(torch.cat([distinct, older]), torch.cat([raw, self.memory[older]]))
         hidden, _ = self.tower(items[history], batch)
         value = cosine_softmax(hidden, items, self.log_temperature, following)
-        return value, {"contrastive": value.detach(), "candidates": torch.tensor(float(len(distinct)))}
+        if self.training: self.memory[distinct], self.met[distinct] = raw.detach(), True
+        return value, {"contrastive": value.detach(), "candidates": torch.tensor(float(len(items)))}
 
 # %% ../../nbs/dual_view/09_comparators.ipynb #c35
 class TwoViewLoRA(L2Rec):
