@@ -104,37 +104,65 @@ def test_looking_one_ahead_is_unisrec(split, items, folder):
 
 
 def test_hllm_competes_among_what_training_has_read(split, items, folder):
-    model, windows = stir(make(HLLMLike, split, items, folder)), Windows(split, max_length=10)
+    model, windows = stir(make(HLLMLike, split, items, folder, negatives=2)), Windows(split, max_length=10)
     first, batch = windows[np.arange(3)], windows[np.arange(3, 6)]
     read = lambda b: {*b.history.tolist(), *b.following.tolist()}
-    for seen in ([], sorted(read(first) - read(batch))):               # nothing remembered, then an older batch
-        value, parts = model.eval().loss(batch)
-        distinct = sorted(read(batch)) + seen
+    assert int(model.loss(batch)[1]["candidates"]) == len(read(batch)) and not model.met.any()      # evaluation remembers nothing
+    model.train().loss(first)
+    assert set(model.met.nonzero().flatten().tolist()) == read(first)
+    with torch.no_grad(): model.encoder.model.base_model.model.encoder.layer[0].attention.self.query.lora_B["default"].weight.add_(.3)
+    model.eval()
+    for draw in range(3):                                                                           # remembered or drawn
+        torch.manual_seed(draw)
+        order = sorted(read(first) | read(batch))
+        drawn = {order[k] for k in torch.randperm(len(order))[:2].tolist()}
+        torch.manual_seed(draw)
+        value, parts = model.loss(batch)
+        fresh, rows = read(batch) | drawn, torch.tensor(order)
+        raw = torch.where(torch.tensor([i in fresh for i in order])[:, None], model.read(rows), model.memory[rows])
         users = normalize(model.tower(model.vectors()[batch.history], batch)[0].double(), dim=1)
-        vectors = model.catalogue()[distinct].double() if not seen else torch.cat([model.catalogue()[sorted(read(batch))], normalize(model.head.rows(torch.tensor(seen), raw=old), dim=1)]).double()
-        logits = users @ vectors.T / max(.01, model.log_temperature.exp().item())
-        slow = torch.nn.functional.cross_entropy(logits, torch.tensor([distinct.index(t) for t in batch.following.tolist()]))
-        assert int(parts["candidates"]) == len(distinct) and abs(value - slow) < 1e-4 * max(1, slow)
-        assert set(model.met.nonzero().flatten().tolist()) == (read(first) if seen else set())    # evaluation remembers nothing
-        if seen: break
-        with torch.no_grad(): old = model.read(torch.tensor(sorted(read(first) - read(batch))))
-        model.train().loss(first)
-        with torch.no_grad(): model.encoder.model.base_model.model.encoder.layer[0].attention.self.query.lora_B["default"].weight.add_(.3)
-    assert not torch.allclose(model.read(torch.tensor(seen)), old, atol=1e-3)                       # what is remembered is older than the encoder
+        logits = users @ normalize(model.head.rows(rows, raw), dim=1).double().T / max(.01, model.log_temperature.exp().item())
+        slow = torch.nn.functional.cross_entropy(logits, torch.tensor([order.index(t) for t in batch.following.tolist()]))
+        assert int(parts["candidates"]) == len(order) and abs(value - slow) < 1e-4 * max(1, slow)
+        assert not torch.allclose(model.read(rows), model.memory[rows], atol=1e-3)
 
 
 def test_hllm_has_unisrecs_loss_once_all_is_read_by_an_encoder_that_stands_still(split, items, folder):
-    hllm, unisrec, windows = make(HLLMLike, split, items, folder), make(UniSRecLike, split, items, folder), Windows(split, max_length=10)
+    hllm, unisrec, windows = make(HLLMLike, split, items, folder, negatives=1), make(UniSRecLike, split, items, folder), Windows(split, max_length=10)
     unisrec.load_state_dict({n: v for n, v in hllm.state_dict().items() if not n.startswith(("encoder.", "memory", "met"))})
     batch = windows[np.arange(20)]
     hllm.loss(windows[np.arange(len(windows))])
     assert torch.equal(hllm.met, unisrec.trained) and hllm.loss(batch)[0].item() == pytest.approx(unisrec.loss(batch)[0].item(), abs=1e-4)
     hllm.loss(batch)[0].backward()
     unisrec.loss(batch)[0].backward()
-    assert torch.allclose(hllm.head.linear.weight.grad, unisrec.head.linear.weight.grad, atol=1e-4)
-    twin = make(HLLMLike, split, items, folder, seed=3)
+    for name, p in unisrec.named_parameters():
+        if name != "head.no_text": assert torch.allclose(dict(hllm.named_parameters())[name].grad, p.grad, atol=1e-4), name
+    twin = make(HLLMLike, split, items, folder, seed=3, negatives=1)
     twin.load_state_dict(hllm.state_dict())
-    assert torch.equal(twin.memory, hllm.memory) and twin.loss(batch)[0].item() == hllm.loss(batch)[0].item()
+    assert torch.equal(twin.memory, hllm.memory) and twin.loss(batch)[0].item() == pytest.approx(hllm.loss(batch)[0].item(), abs=1e-6)
+
+
+def test_what_is_drawn_gives_the_encoder_the_gradient_of_all_on_average(split, items, folder, monkeypatch):
+    "One negative a step, each in its turn: the mean gradient is that of reading every candidate."
+    windows = Windows(split, max_length=10)
+    model = stir(make(HLLMLike, split, items, folder, negatives=99)).train()
+    for p in model.encoder.parameters():
+        if p.requires_grad: torch.nn.init.normal_(p, std=.05)
+    with torch.no_grad(): model.loss(windows[np.arange(len(windows))])
+    learned, batch = [p for n, p in model.named_parameters() if "lora_" in n], windows[np.arange(3)]
+    count = int(model.met.sum())
+    users, every = normalize(model.tower(model.item_vectors(torch.arange(split.n_items))[batch.history], batch)[0], dim=1), normalize(model.item_vectors(torch.arange(split.n_items)), dim=1)
+    logits = (users @ every.T / model.log_temperature.exp().clamp(min=.01)).masked_fill(~model.met, -torch.inf)
+    full = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, batch.following), learned)
+    scale = max(g.abs().max() for g in full)
+    for a, b in zip(torch.autograd.grad(model.loss(batch)[0], learned), full): assert torch.allclose(a, b, atol=1e-3 * scale)
+    model.negatives, total = 1, [torch.zeros_like(p) for p in learned]
+    for k in range(count):
+        monkeypatch.setattr(torch, "randperm", lambda n, k=k: torch.arange(n).roll(-k))
+        one = torch.autograd.grad(model.loss(batch)[0], learned)
+        assert k or not all(torch.allclose(a, b, atol=1e-2 * scale) for a, b in zip(one, full))
+        for t, g in zip(total, one): t += g / count
+    for a, b in zip(total, full): assert torch.allclose(a, b, atol=1e-3 * scale)
 
 
 # --- what a vector may depend on --------------------------------------------------------------------------------------------

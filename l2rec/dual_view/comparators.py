@@ -196,8 +196,10 @@ class HLLMLike(Retrieval):
     "Item vectors from a text encoder that learns, SASRec's blocks over them, softmax over the items that training has read so far. Width D, text width d."
 
     def __init__(self, items: ItemTexts, encoder: TextEncoder, width: int | None = 128, hidden: int | None = 512, ids: bool = False, heads: int = 1, user_blocks: int = 2,
-                 dropout: float = .5, text_dropout: float = .2, temperature: float = .07, max_length: int = 50, residual: bool = False, words: int = 0):
+                 dropout: float = .5, text_dropout: float = .2, temperature: float = .07, max_length: int = 50, residual: bool = False, words: int = 0, negatives: int = 128):
         super().__init__()
+        if negatives < 1: raise ValueError(f"negatives={negatives}: at least 1")
+        self.negatives = negatives
         self.encoder, self.head = encoder, ItemHead(items, width, hidden, ids, text_dropout, words=words)
         self.tower = Tower(self.head.width, heads, user_blocks, dropout, max_length, residual)
         self.log_temperature = learned_temperature(temperature)
@@ -217,12 +219,14 @@ class HLLMLike(Retrieval):
                    chunk_tokens: int = 4096,            # in one pass of the backbone, padding included
                    width: int | None = 128, hidden: int | None = 512, ids: bool = False, heads: int = 1,
                    user_blocks: int = 2,                # of the tower
-                   dropout: float = .5, text_dropout: float = .2, temperature: float = .07, max_length: int = 50, residual: bool = False, words: int = 0) -> "HLLMLike":
+                   dropout: float = .5, text_dropout: float = .2, temperature: float = .07, max_length: int = 50, residual: bool = False, words: int = 0,
+                   negatives: int = 128,                # items drawn in each step for the encoder to tell the targets from
+                   ) -> "HLLMLike":
         "Raises `DataError` if the texts belong to another catalogue or the encoder has another width."
         items.check_belongs(split)
         text = TextEncoder(items, encoder, blocks, rank, alpha, layers, item_tokens, pooling, chunk_tokens)
         if (d := text.model.config.hidden_size) != items.width: raise DataError(f"encoder '{encoder}' makes vectors of width {d}, and the item texts have width {items.width}; make both with the same encoder")
-        return cls(items, text, width, hidden, ids, heads, user_blocks, dropout, text_dropout, temperature, max_length, residual, words)
+        return cls(items, text, width, hidden, ids, heads, user_blocks, dropout, text_dropout, temperature, max_length, residual, words, negatives)
 
 # %% ../../nbs/dual_view/09_comparators.ipynb #c24
 class HLLMLike(HLLMLike):
@@ -253,15 +257,22 @@ class HLLMLike(HLLMLike):
     def catalogue(self) -> Tensor: return normalize(self.vectors(), dim=-1)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        distinct, place = torch.unique(torch.cat([batch.history, batch.following]), return_inverse=True)
+        bought, place = torch.unique(torch.cat([batch.history, batch.following]), return_inverse=True)
         history, following = place.chunk(2)
-        raw = self.read(distinct)
-        older = self.met.index_fill(0, distinct, False).nonzero().flatten()              # remembered, not in the batch
-        items = self.head.rows(torch.cat([distinct, older]), torch.cat([raw, self.memory[older]]))
-        hidden, _ = self.tower(items[history], batch)
-        value = cosine_softmax(hidden, items, self.log_temperature, following)
-        if self.training: self.memory[distinct], self.met[distinct] = raw.detach(), True
-        return value, {"contrastive": value.detach(), "candidates": torch.tensor(float(len(items)))}
+        candidates = self.met.index_fill(0, bought, True).nonzero().flatten()
+        drawn = candidates[torch.randperm(len(candidates))[:self.negatives].to(candidates.device)]
+        others = drawn[torch.isin(drawn, bought, invert=True)]
+        older = candidates[torch.isin(candidates, torch.cat([bought, others]), invert=True)]
+        raw, index = self.read(torch.cat([bought, others])), torch.cat([bought, others, older])
+        times = torch.isin(index[:len(raw)], drawn)[:, None] * (len(candidates) / len(drawn))
+        items = self.head.rows(index, torch.cat([raw.detach() + times * (raw - raw.detach()), self.memory[older]]))   # in the sum
+        own = self.head.rows(bought, raw[:len(bought)])                                  # read and asked for
+        hidden, _ = self.tower(own[history], batch)
+        users = normalize(hidden, dim=-1) * inverse_temperature(self.log_temperature)
+        swap = normalize(items[:len(bought)], dim=-1)[following] - normalize(own, dim=-1)[following]
+        value = cosine_softmax(hidden, items, self.log_temperature, following) + (users * swap).sum(-1).mean()
+        if self.training: self.memory[index[:len(raw)]], self.met[bought] = raw.detach(), True
+        return value, {"contrastive": value.detach(), "candidates": torch.tensor(float(len(candidates)))}
 
 # %% ../../nbs/dual_view/09_comparators.ipynb #c35
 class TwoViewLoRA(L2Rec):
