@@ -164,6 +164,19 @@ def test_makefile_is_written_only_when_it_differs(home):
     with pytest.raises(p.PlanError, match="'table-man' is unknown. Did you mean 'table-main'"): p.write_makefile(w, 'table-man')
 
 
+def test_what_a_run_killed_in_its_last_instant_left_is_removed(home):
+    """Its record is up to date, so nothing of it will be run again; what lies beside a stale one stays, for that run must know of it."""
+    w = work(home)
+    make_records(w)
+    done, stale = (w.plan.runs[i].folder(w.results) for i in (0, 2))
+    (stale / 'metrics.json').unlink()
+    left = [folder.with_name(f'.partial-{folder.name}-77') for folder in (done, stale)]
+    for path in left: path.mkdir()
+    whole = {path.name: path.read_bytes() for path in done.iterdir()}
+    with p.locked(p.lock_of(w, 'another run')): p.write_makefile(w, say=lambda line: None)
+    assert [path.exists() for path in left] == [False, True] and whole == {path.name: path.read_bytes() for path in done.iterdir()}
+
+
 def test_a_results_folder_with_a_space(home):
     w = p.Work(planned(home, ALL), home, home / 'my results', MODELS)
     with pytest.raises(p.PlanError, match='space'): p.makefile_text(w, w.stale(), {})

@@ -7,8 +7,9 @@ __all__ = ['RUN_KEYS', 'REPORT_KEYS', 'GIVEN', 'HOUSE', 'THREADED', 'PlanError',
            'as_list', 'notebooks_in', 'check_parameters', 'read_runs', 'read_report', 'read_plan', 'data_fingerprint',
            'needs_fingerprint', 'run_fingerprint', 'read_json', 'why_stale', 'report_fingerprint', 'why_report_stale',
            'Work', 'imported', 'makefile_text', 'write_makefile', 'NotebookFailed', 'kernel_manager', 'execute',
-           'known_folders', 'clean_text', 'clean_executed', 'locked', 'sweep', 'prepare', 'given_parameters', 'perform',
-           'progress', 'make_run', 'make_report', 'keep', 'accept', 'command_line', 'show', 'clean', 'do', 'main']
+           'known_folders', 'clean_text', 'clean_executed', 'locked', 'lock_of', 'left_beside', 'sweep', 'prepare',
+           'given_parameters', 'perform', 'progress', 'make_run', 'make_report', 'keep', 'accept', 'command_line',
+           'show', 'clean', 'do', 'main']
 
 # %% ../../nbs/training/06_plan.ipynb #c03
 import argparse
@@ -382,8 +383,11 @@ def write_makefile(
     want: str | None = None, # 'table-<name>' or 'figure-<name>': checked to exist
     say=print, # where the summary goes
 ) -> Path: # .make/<profile>.mk
-    "Write the profile's makefile if it differs, and say how much there is to do."
+    "Write the profile's makefile if it differs, and say how much there is to do; what dead runs left beside records that are up to date is removed."
     stale, stale_reports = work.stale(), work.stale_reports()
+    for run in work.plan.runs: # killed between putting the new record in its place and removing the old one
+        if run.key not in stale and left_beside(run.folder(work.results)):
+            with locked(lock_of(work, run.key)): sweep(run.folder(work.results))
     text, path = makefile_text(work, stale, stale_reports), work.root / '.make' / f'{work.plan.profile}.mk'
     if want: check_known(want, re.findall(r'^((?:table|figure)-\S+):', text, re.M), f'{work.plan.profile}: artefact')
     if not path.is_file() or path.read_text() != text:
@@ -496,12 +500,25 @@ def locked(
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
+def lock_of(
+    work: Work, # the plan and its folders
+    title: str, # key of a run or title of a report
+) -> Path: # lock file
+    "Whose holder alone may write a record or report."
+    return work.top / 'locks' / title.replace('/', ' ')
+
+def left_beside(
+    final: Path, # a record's place
+) -> list[Path]: # staging folders
+    "What runs that live, or were killed, have beside their record."
+    return list(final.parent.glob(f'.partial-*{final.name}-*'))
+
 def sweep(
     final: Path, # a record's place
 ) -> bool: # whether there was anything
     "Remove what a killed run left beside its record. Only for who holds the run's lock."
     restore(final)
-    left = list(final.parent.glob(f'.partial-*{final.name}-*'))
+    left = left_beside(final)
     for folder in left: shutil.rmtree(folder, ignore_errors=True)
     return bool(left)
 
@@ -571,7 +588,7 @@ def make_run(
 ) -> bool: # whether anything was run
     "Make the record of a run unless it is up to date."
     number, total, started = work.plan.runs.index(run) + 1, len(work.plan.runs), time.perf_counter()
-    with locked(work.top / 'locks' / run.key.replace('/', ' ')):
+    with locked(lock_of(work, run.key)):
         fingerprint = work.fingerprint(run)
         if not why_stale(fingerprint, run.folder(work.results)):
             progress(number, total, run.title, 'up to date')
@@ -589,7 +606,7 @@ def make_report(
     "Make a report with its tables and figures unless it is up to date."
     started, title, output = time.perf_counter(), f'report {report.notebook}', work.top / 'reports' / f'{report.notebook}.ipynb'
     number, total = work.plan.reports.index(report) + 1, len(work.plan.reports)
-    with locked(work.top / 'locks' / title):
+    with locked(lock_of(work, title)):
         missing = [run.key for run in work.plan.read_by(report) if not (run.folder(work.results) / 'metrics.json').is_file()]
         if missing: raise PlanError(f'{title} reads {len(work.plan.read_by(report))} records, of which {len(missing)} are missing, first {missing[0]}: '
                                     f'make reproduce PROFILE={work.plan.profile}')
