@@ -177,6 +177,13 @@ def test_what_a_run_killed_in_its_last_instant_left_is_removed(home):
     assert [path.exists() for path in left] == [False, True] and whole == {path.name: path.read_bytes() for path in done.iterdir()}
 
 
+def test_what_is_left_beside_is_told_by_its_whole_name(tmp_path):
+    names = {'seed-1': ('.partial-seed-1-12', '.partial-seed-1-old'), 'main.md': ('.partial-31-main.md', '.partial-main.md-31'),
+             'dual-main.md': ('.partial-5-dual-main.md',), 'seed-11': ('.partial-seed-11-12',)}
+    for name in sum(names.values(), ()): (tmp_path / name).write_text('')
+    for final, left in names.items(): assert {path.name for path in p.left_beside(tmp_path / final)} == set(left)
+
+
 def test_a_results_folder_with_a_space(home):
     w = p.Work(planned(home, ALL), home, home / 'my results', MODELS)
     with pytest.raises(p.PlanError, match='space'): p.makefile_text(w, w.stale(), {})

@@ -508,18 +508,19 @@ def lock_of(
     return work.top / 'locks' / title.replace('/', ' ')
 
 def left_beside(
-    final: Path, # a record's place
-) -> list[Path]: # staging folders
-    "What runs that live, or were killed, have beside their record."
-    return list(final.parent.glob(f'.partial-*{final.name}-*'))
+    final: Path, # the place of a record, or of a file that a report writes
+) -> list[Path]: # staging folders, or files half written
+    "What those who make it, or were killed at it, have beside it."
+    name = re.escape(final.name)
+    return [path for path in final.parent.glob('.partial-*') if re.fullmatch(rf'(\.partial-)+({name}(-\w+)+|\d+-{name})', path.name)]
 
 def sweep(
-    final: Path, # a record's place
+    final: Path, # the place of a record, or of a file that a report writes
 ) -> bool: # whether there was anything
-    "Remove what a killed run left beside its record. Only for who holds the run's lock."
+    "Remove what a killed run or report left beside it. Only for who holds the lock."
     restore(final)
     left = left_beside(final)
-    for folder in left: shutil.rmtree(folder, ignore_errors=True)
+    for path in left: shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     return bool(left)
 
 def prepare(
@@ -615,6 +616,7 @@ def make_report(
             progress(number, total, title, 'up to date')
             return False
         progress(number, total, title)
+        for path in (report.path(work.results), *report.artefacts(work.results)): sweep(path)
         notebook = work.root / 'nbs/report' / f'{report.notebook}.ipynb'
         given = dict(profile=report.profile, results=os.path.relpath(work.results, work.root))
         given = {name: value for name, value in given.items() if name in read_parameters(notebook)}
