@@ -226,22 +226,26 @@ def test_kill_9_at_random_moments(home):
     started = time.time()
     make(home, '-j2', 'reproduce')
     whole = time.time() - started                                     # of a round that nobody kills, on this machine
-    allowed, moments, kills = {key: {found['m']} for key, found in records(home).items()}, random.Random(20), 0
-    for i in range(1, 7): # each round makes all of retrieval stale, and the search too
+    allowed, moments, kills, i = {key: {found['m']} for key, found in records(home).items()}, random.Random(20), 0, 0
+    while kills < 4 and i < 20: # each round makes all of retrieval stale, and the search too
+        i += 1
         experiments(home, value=f'{i} * epochs')
         (home / 'nbs/experiments/plan.toml').write_text(PLAN.replace('trials = 3', f'trials = {3 + i}'))
         for key in KEYS: allowed[key].add(3 + i if 'search' in key else i * (5 if 'halver' in key else 4))
         child = subprocess.Popen(command('-j2', 'reproduce'), cwd=home, env=environment(home), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try: child.wait(moments.uniform(.2, .9) * whole)
+        started = time.time()
+        try:
+            child.wait(moments.uniform(.2, .9) * whole)
+            whole = min(whole, time.time() - started) # it was there sooner: checkpoints, or a machine that is less busy now
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
             kills += 1
         now = records(home)
         assert set(now) == set(KEYS) and all(now[key]['m'] in allowed[key] for key in KEYS)
-    assert kills >= 3, f'{kills} kills, and a whole round takes {whole:.1f} s'
+    assert kills == 4, f'{kills} kills in {i} rounds, and a whole round takes {whole:.1f} s'
     make(home, '-j2', 'reproduce')
-    assert {key: found['m'] for key, found in records(home).items()} == dict(zip(KEYS, (9, 24, 24, 30))) and not list((home / 'results').rglob('.partial-*'))
+    assert {key: found['m'] for key, found in records(home).items()} == dict(zip(KEYS, (3 + i, 4 * i, 4 * i, 5 * i))) and not list((home / 'results').rglob('.partial-*'))
     assert 'nothing to do' in make(home, 'reproduce').stdout
 
 
