@@ -79,9 +79,10 @@ def test_later_mean_against_loops():
     assert torch.equal(later_mean(vectors, offsets, 1), later_mean(vectors, offsets, 1)) and torch.allclose(later_mean(vectors, offsets, 1), vectors, atol=1e-6)
 
 
-@pytest.mark.parametrize("ahead", [None, 2])
-def test_learn_loss_pair_by_pair(split, items, folder, ahead):
-    model = stir(make(LEARNLike, split, items, folder, ahead=ahead))
+@pytest.mark.parametrize("ahead, prior", [(None, 0.), (2, 0.), (2, .6)])
+def test_learn_loss_pair_by_pair(split, items, folder, ahead, prior):
+    model = stir(make(LEARNLike, split, items, folder, ahead=ahead, prior=prior))
+    popular = prior * torch.log(1 + torch.from_numpy(training_counts(split)).double())[model.trained]
     batch = Windows(split, max_length=10)[np.arange(12)]
     users = normalize(model.tower(model.head.rows(batch.history), batch)[0].double(), dim=1)
     vectors = normalize(model.head.vectors().double(), dim=1)[model.trained]
@@ -89,12 +90,27 @@ def test_learn_loss_pair_by_pair(split, items, folder, ahead):
     temperature, losses = max(.01, model.log_temperature.exp().item()), []
     for a, b in zip(batch.offsets[:-1].tolist(), batch.offsets[1:].tolist()):
         for n in range(a, b):
-            p = (users[n] @ vectors.T / temperature).log_softmax(0)
+            p = (users[n] @ vectors.T / temperature + popular).log_softmax(0)
             losses.append(torch.stack([-p[row[int(batch.following[m])]] for m in range(n, min(b, n + (ahead or 99)))]).mean())
     slow = torch.stack(losses).mean()
     assert abs(model.loss(batch)[0] - slow) < 1e-4 * max(1, slow)
     fast = torch.autograd.grad(model.loss(batch)[0], model.head.linear.weight)[0]
     assert torch.allclose(fast, torch.autograd.grad(slow, model.head.linear.weight)[0].float(), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_prior_is_part_of_every_score(cls, split, items, folder):
+    plain, told = (stir(make(cls, split, items, folder, prior=prior)) for prior in (0., .6))
+    batch = Targets(split, "test", max_length=10)[np.arange(8)]
+    counts = torch.from_numpy(training_counts(split)).float()
+    popular = .6 * torch.log(1 + counts).where(counts > 0, torch.log(1 + counts[counts > 0]).mean())
+    with torch.no_grad(): torch.testing.assert_close(told.scores(batch), plain.scores(batch) + plain.log_temperature.exp().clamp(min=.01) * popular)
+    nobody = dataclasses.replace(batch, history=batch.history[:0], offsets=torch.zeros_like(batch.offsets), length=torch.zeros_like(batch.length))
+    with torch.no_grad(): assert torch.equal(told.scores(nobody)[0].argsort(stable=True), popular.argsort(stable=True)) and not plain.scores(nobody).any()
+    twin = make(cls, split, items, folder, seed=3, prior=2.)
+    twin.load_state_dict(told.state_dict())
+    with torch.no_grad(): torch.testing.assert_close(twin.eval().scores(batch), told.scores(batch))
+    with pytest.raises(ValueError, match="prior=-1.0: at least 0"): make(cls, split, items, folder, prior=-1.)
 
 
 def test_looking_one_ahead_is_unisrec(split, items, folder):
@@ -127,8 +143,9 @@ def test_hllm_competes_among_what_training_has_read(split, items, folder):
         assert not torch.allclose(model.read(rows), model.memory[rows], atol=1e-3)
 
 
-def test_hllm_has_unisrecs_loss_once_all_is_read_by_an_encoder_that_stands_still(split, items, folder):
-    hllm, unisrec, windows = make(HLLMLike, split, items, folder, negatives=1), make(UniSRecLike, split, items, folder), Windows(split, max_length=10)
+@pytest.mark.parametrize("prior", [0., .6])
+def test_hllm_has_unisrecs_loss_once_all_is_read_by_an_encoder_that_stands_still(split, items, folder, prior):
+    hllm, unisrec, windows = make(HLLMLike, split, items, folder, negatives=1, prior=prior), make(UniSRecLike, split, items, folder, prior=prior), Windows(split, max_length=10)
     unisrec.load_state_dict({n: v for n, v in hllm.state_dict().items() if not n.startswith(("encoder.", "memory", "met"))})
     batch = windows[np.arange(20)]
     hllm.loss(windows[np.arange(len(windows))])
@@ -137,7 +154,7 @@ def test_hllm_has_unisrecs_loss_once_all_is_read_by_an_encoder_that_stands_still
     unisrec.loss(batch)[0].backward()
     for name, p in unisrec.named_parameters():
         if name != "head.no_text": assert torch.allclose(dict(hllm.named_parameters())[name].grad, p.grad, atol=1e-4), name
-    twin = make(HLLMLike, split, items, folder, seed=3, negatives=1)
+    twin = make(HLLMLike, split, items, folder, seed=3, negatives=1, prior=prior)
     twin.load_state_dict(hllm.state_dict())
     assert torch.equal(twin.memory, hllm.memory) and twin.loss(batch)[0].item() == pytest.approx(hllm.loss(batch)[0].item(), abs=1e-6)
 

@@ -1,6 +1,7 @@
 """The item side of L2Rec: texts and rows, axes against an eigendecomposition written out, head and losses against slow float64 ones."""
 
 import dataclasses
+import math
 
 import numpy as np
 import polars as pl
@@ -9,7 +10,7 @@ import torch
 
 from l2rec.data.dataset import DataError, make_dataset
 from l2rec.data.splits import leave_last_out
-from l2rec.dual_view.items import COLDEST, ItemHead, ItemTexts, axes, cosine_in_batch, cosine_softmax, inverse_temperature, learned_temperature, make_item_texts, word_vectors
+from l2rec.dual_view.items import COLDEST, ItemHead, ItemTexts, axes, beside_prior, cosine_in_batch, cosine_softmax, inverse_temperature, learned_temperature, make_item_texts, popularity_prior, word_vectors
 from worlds import table
 
 
@@ -283,6 +284,29 @@ def test_only_items_among_compete():
     grad, = torch.autograd.grad(value, items)
     assert abs(value - slow) < 1e-5 and grad[~among].eq(0).all() and grad[among].abs().amax(1).min() > 0
     with pytest.raises(ValueError, match="not among"): cosine_softmax(users, items, tau, target - 1, among)
+
+
+def test_a_prior_stands_beside_the_cosine():
+    users, items = leaves((9, 5), (20, 5))
+    log_tau, among, counts = learned_temperature(.3), torch.arange(20) % 3 > 0, torch.arange(20) ** 2
+    target, prior = torch.tensor([1, 2, 4, 4, 19, 7, 8, 10, 11]), popularity_prior(counts, .7)
+    assert [prior[n].item() for n in (1, 19)] == pytest.approx([.7 * math.log(2), .7 * math.log(362)])
+    unit, rows = lambda x: x.double() / x.double().norm(dim=1, keepdim=True), among.nonzero().flatten().tolist()
+    assert prior[0].item() == pytest.approx(prior[1:].mean().item())                            # of a new item nothing is known
+    logits = unit(users) @ unit(items).T / log_tau.double().exp() + torch.cat([prior[:1].double(), .7 * torch.log(1 + counts[1:].double())])
+    slow = -torch.stack([logits[k, t] - logits[k, rows].logsumexp(0) for k, t in enumerate(target.tolist())]).mean()
+    value = cosine_softmax(users, items, log_tau, target, among, prior)
+    got, want = (torch.autograd.grad(v, (users, items, log_tau)) for v in (value, slow))
+    assert abs(value - slow) < 1e-5 and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, want))
+    tau = log_tau.detach().exp()
+    scores = beside_prior(unit(users).float(), tau) @ beside_prior(unit(items).float(), prior).T
+    assert torch.allclose(scores / tau, logits.float(), atol=1e-4)
+
+
+def test_no_prior_is_nothing_at_all():
+    users, items = leaves((4, 5), (6, 5))
+    assert not popularity_prior(torch.zeros(3), 1.).any() and popularity_prior(torch.arange(6), 0.) is None and beside_prior(users, None) is users
+    with pytest.raises(ValueError, match="prior=-0.1: at least 0"): popularity_prior(torch.arange(6), -.1)
 
 
 def test_temperature_has_a_floor():

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, Qwen3Co
 from l2rec.baselines.sasrec import SASRec
 from l2rec.data.batches import Batch, Targets, Windows
 from l2rec.data.dataset import DataError
-from l2rec.data.splits import leave_last_out, new_users
+from l2rec.data.splits import leave_last_out, new_users, training_counts
 from l2rec.dual_view.items import ItemTexts
 from l2rec.dual_view.model import DualViewModule, L2Rec, ViewRoutes, catalogue_sha256, draw_cuts, load_l2rec, save_l2rec, set_up_dual_view
 from l2rec.training.contracts import build
@@ -230,6 +230,30 @@ def test_views_that_answer_apart_score_by_the_mean_of_their_cosines(split, folde
         answers, unit = model.represent(batch)["answers"], torch.nn.functional.normalize
         cosines = [unit(answers[view], dim=1) @ unit(to.items.vectors(), dim=1).T for view, to in zip(VIEWS, (model.text_answer, model))]
     torch.testing.assert_close(model.scores(batch), sum(cosines) / 2)
+
+
+@readings
+@pytest.mark.parametrize("fused_in", ["backbone", "items", "scores"])
+def test_a_prior_is_part_of_every_score_and_of_the_loss(split, folders, reading, fused_in):
+    plain, told = (make(split, folders, fused_in=fused_in, reading=reading, bpc_weight=0., balance_weight=0., prior=prior).eval() for prior in (0., .6))
+    counts = torch.from_numpy(training_counts(split)).float()
+    popular, answers = .6 * torch.log(1 + counts).where(counts > 0, torch.log(1 + counts[counts > 0]).mean()), [to for to in (told.text_answer, told) if to is not None]
+    histories = batch_of(random_histories(shortest=1))
+    for to, temperature in zip(answers, (.2, .1)): to.log_temperature.data.fill_(math.log(temperature))
+    with torch.no_grad(): torch.testing.assert_close(told.scores(histories), plain.scores(histories) + (.15 if len(answers) == 2 else .2) * popular)
+    asked = batch_of([[i] for i in (1, 2, 5, 7, 2, 9)], [[i] for i in (4, 4, 6, 1, 8, 0)])
+    with torch.no_grad():
+        value, parts = told.loss(asked)
+        out, unit, slow = told.represent(asked), torch.nn.functional.normalize, 0.
+        for to, h in zip(answers, out["answers"].values() if len(answers) == 2 else [out["h"]]):
+            logits = unit(h.double(), dim=1) @ unit(to.items.vectors().double(), dim=1).T / to.log_temperature.double().exp() + popular.double()
+            slow += torch.nn.functional.cross_entropy(logits.masked_fill(~told.trained, -torch.inf), asked.following)
+    assert value.item() == pytest.approx(slow.item(), rel=1e-4) and parts["contrastive"].item() == value.item()
+
+
+def test_a_prior_among_the_batchs_targets_is_refused(split, folders):
+    with pytest.raises(ValueError, match="prior=0.5: with targets='batch'"): make(split, folders, targets="batch", prior=.5)
+    with pytest.raises(ValueError, match="prior=-0.5: at least 0"): make(split, folders, prior=-.5)
 
 
 def test_one_view_that_answers_apart_is_that_view(split, folders):
@@ -655,7 +679,7 @@ def test_one_way_to_set_up(folders, monkeypatch):
 # --- kept models ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [{}, dict(adapter="lora"), dict(adapter="none"), dict(ids=True, views=("behaviour",), signals=("context",)), dict(fused_in="scores", ids=True), dict(fused_in="scores", words=4)], ids=str)
+@pytest.mark.parametrize("how", [{}, dict(adapter="lora"), dict(adapter="none"), dict(ids=True, views=("behaviour",), signals=("context",)), dict(fused_in="scores", ids=True), dict(fused_in="scores", words=4), dict(prior=.5)], ids=str)
 def test_kept_models_are_the_same(split, folders, tmp_path, how):
     model, batch = make(split, folders, **how).eval(), batch_of(random_histories())
     folder = save_l2rec(model, tmp_path / "model")
@@ -715,7 +739,7 @@ def test_catalogue_digest():
 
 
 def test_items_that_training_does_not_meet_are_no_negatives(split, folders):
-    from l2rec.data.splits import training_counts, training_fraction
+    from l2rec.data.splits import training_fraction
 
     few = training_fraction(split, .05)
     model = make(few, folders, items=texts_of(split))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLDEST', 'ItemTexts', 'make_item_texts', 'axes', 'word_vectors', 'ItemHead', 'learned_temperature',
-           'inverse_temperature', 'cosine_softmax', 'cosine_in_batch']
+           'inverse_temperature', 'popularity_prior', 'beside_prior', 'cosine_softmax', 'cosine_in_batch']
 
 # %% ../../nbs/dual_view/03_items.ipynb #c02
 import difflib
@@ -186,17 +186,36 @@ def inverse_temperature(log_temperature: Tensor # scalar
     return torch.exp(-log_temperature.clamp(min=math.log(COLDEST)))
 
 
+def popularity_prior(counts: Tensor, # Int[I], how often training meets each item
+                     weight: float,  # beta, at least 0
+                     ) -> Tensor | None:
+    "Float32[I]: beta log(1 + count), what an item's logit has before anything is known of the user; of an item that training never meets, the mean of those that it does. None for beta = 0."
+    if weight < 0: raise ValueError(f"prior={weight}: at least 0, and 0 for none")
+    if not weight: return None
+    told, met = torch.log1p(counts.float()), counts > 0
+    return weight * (torch.where(met, told, told[met].mean()) if bool(met.any()) else told)
+
+
+def beside_prior(vectors: Tensor,      # Float[..., D], of length 1
+                 other: Tensor | None, # users: the temperature, a scalar; items: their prior, Float[I]; None: no prior
+                 ) -> Tensor:
+    "Float[..., D + 1], or the vectors themselves without a prior. Products of users with items are cos(u, v) + temperature * prior."
+    return vectors if other is None else torch.cat([vectors, other.expand(vectors.shape[:-1])[..., None].to(vectors.dtype)], -1)
+
+
 def cosine_softmax(users: Tensor,               # Float[N, D], of any length: normalised here
                    items: Tensor,               # Float[I, D], likewise: the whole catalogue
                    log_temperature: Tensor,     # scalar
                    target: Tensor,              # Int[N], the row of `items` that follows
                    among: Tensor | None = None, # Bool[I]: items that compete; None: all
+                   prior: Tensor | None = None, # Float[I], added to each user's logits, see `popularity_prior`; None: 0
                    ) -> Tensor:
-    "Mean cross-entropy of the targets among the items, logits cos(u, v) / temperature; a scalar. Raises `ValueError` without rows, and for a target that does not compete."
+    "Mean cross-entropy of the targets among the items, logits cos(u, v) / temperature + prior; a scalar. Raises `ValueError` without rows, and for a target that does not compete."
     if among is not None:
         if not bool(among[target].all()): raise ValueError("cosine_softmax: a target is not among the items that compete")
-        items, target = items[among], (among.cumsum(0) - 1)[target]
-    return softmax_loss(normalize(users, dim=-1) * inverse_temperature(log_temperature), normalize(items, dim=-1), target)
+        items, target, prior = items[among], (among.cumsum(0) - 1)[target], None if prior is None else prior[among]
+    users = normalize(users, dim=-1) * inverse_temperature(log_temperature)
+    return softmax_loss(beside_prior(users, None if prior is None else users.new_ones(())), beside_prior(normalize(items, dim=-1), prior), target)
 
 # %% ../../nbs/dual_view/03_items.ipynb #c28
 def cosine_in_batch(users: Tensor,           # Float[N, D]

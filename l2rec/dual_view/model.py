@@ -29,7 +29,7 @@ from ..data.splits import Split, training_counts
 from .backbone import is_causal, load_backbone, takes_pair_masks, token_table
 from .dpmoe import VIEWS, DPMoEConfig, Prefixes, Routes, find_places, width_of
 from .fusion import ACF, AgingMean
-from .items import ItemHead, ItemTexts, cosine_in_batch, cosine_softmax, learned_temperature, make_item_texts
+from .items import ItemHead, ItemTexts, beside_prior, cosine_in_batch, cosine_softmax, inverse_temperature, learned_temperature, make_item_texts, popularity_prior
 from .preference import bpc_loss
 from .router import SIGNALS, Router, one_of
 from .views import BehaviourProjector, amounts_before, behaviour_input, embedding_size, filled, item_prefixes, length_chunks
@@ -133,13 +133,15 @@ class L2Rec(Retrieval):
 
     def __init__(self, items: ItemTexts, s: SimpleNamespace, # settings, see `from_split`
                  source: str = "",                           # which catalogue it is for, see `catalogue_sha256`
-                 trained: Tensor | None = None):             # Bool[I], items that compete in the loss; None: all
+                 trained: Tensor | None = None,              # Bool[I], items that compete in the loss; None: all
+                 prior: Tensor | None = None):               # Float[I], see `popularity_prior`; None: none
         super().__init__()
         for name in ("max_tokens", "item_tokens", "max_length", "cuts", "chunk_tokens", "rank"):
             if getattr(s, name) is not None and getattr(s, name) < 1: raise ValueError(f"{name}={getattr(s, name)}: at least 1")
         for name in ("bpc_weight", "balance_weight"):
             if getattr(s, name) < 0: raise ValueError(f"{name}={getattr(s, name)}: at least 0")
-        one_of(s.targets, ("catalogue", "batch"), "targets")
+        if one_of(s.targets, ("catalogue", "batch"), "targets") == "batch" and prior is not None:
+            raise ValueError(f"prior={s.prior}: with targets='batch' popular items are the more often negatives, which takes their popularity out of the loss again; use targets='catalogue', or prior=0")
         one_of(s.fused_in, ("backbone", "items", "scores"), "fused_in")
         if one_of(s.reading, ("prefixes", "whole"), "reading") == "prefixes":
             if s.order != "oldest": raise ValueError(f"order={s.order!r}: prefixes begin with the oldest item; order='newest' is for reading='whole'")
@@ -155,6 +157,7 @@ class L2Rec(Retrieval):
         if s.words and s.fused_in == "items": raise ValueError(f"words={s.words}: with fused_in='items' the semantic view goes through the item head as a text vector, and that has no words; use fused_in='backbone' or 'scores', or words=0")
         self.items = ItemHead(items, s.width, s.head_hidden, s.ids, s.text_dropout, words=s.words)
         self.register_buffer("trained", trained, persistent=False)
+        self.register_buffer("prior", prior)
         self.tokens = token_table(items.texts, tokenizer, s.item_tokens) if "semantic" in s.views else None
         d, D = width_of(backbone), self.items.width
         self.projector = BehaviourProjector(D, d, size=embedding_size(backbone)) if "behaviour" in s.views else None
@@ -216,6 +219,7 @@ class L2Rec(L2Rec):
                    head_hidden: int | None = 512,       # units of the head's network; None: a linear head
                    words: int = 0,                      # columns of the texts' words that the head reads beside the text vectors, see `word_vectors`; 0: none
                    temperature: float = .07,            # where the learned temperature begins
+                   prior: float = 0.,                   # weight of an item's popularity in its logit, see `popularity_prior`; 0: none
                    pooling: str = "auto",               # of the semantic view, see `pool_view`
                    behaviour_pooling: str = "newest",   # the place of the newest item (the last place of a causal backbone), or as in `pool_view`
                    order: str = "oldest",               # see `semantic_input`
@@ -227,7 +231,8 @@ class L2Rec(L2Rec):
         items.check_belongs(split)
         for view in views: one_of(view, VIEWS, "view")
         settings |= {"views": tuple(v for v in VIEWS if v in views), "signals": tuple(signals)}
-        return cls(items, SimpleNamespace(**settings), catalogue_sha256(split, items), torch.from_numpy(training_counts(split) > 0))
+        counts = torch.from_numpy(training_counts(split))
+        return cls(items, SimpleNamespace(**settings), catalogue_sha256(split, items), counts > 0, popularity_prior(counts, prior))
 
 # %% ../../nbs/dual_view/08_model.ipynb #c21
 def set_up_dual_view(cls: type[Retrieval],
@@ -384,14 +389,15 @@ class L2Rec(L2Rec):
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> Tensor:
-        "User vectors of length 1, Float[B, D], or Float[B, 2D] with `fused_in='scores'`; without gradient."
-        return normalize(self.represent(batch)["h"].float(), dim=-1)
+        "User vectors of length 1, Float[B, D], or Float[B, 2D] with `fused_in='scores'`; with a prior the temperature, or the mean of both, in one column more. Without gradient."
+        temperature = None if self.prior is None else torch.stack([1 / inverse_temperature(to.log_temperature) for to in (self, self.text_answer) if to is not None]).mean()
+        return beside_prior(normalize(self.represent(batch)["h"].float(), dim=-1), temperature)
 
     def catalogue(self) -> Tensor:
-        "Item vectors of length 1, Float[I, D], or Float[I, 2D] with `fused_in='scores'`."
+        "Item vectors of length 1, Float[I, D], or Float[I, 2D] with `fused_in='scores'`; with a prior that of each item in one column more."
         vectors = self.items.vectors()
         if self.text_answer is not None: vectors = _side_by_side(self.text_answer.items.vectors(), vectors)
-        return normalize(vectors.float(), dim=-1)
+        return beside_prior(normalize(vectors.float(), dim=-1), self.prior)
 
 # %% ../../nbs/dual_view/08_model.ipynb #c38
 def optimiser_groups(model: Retrieval,
@@ -421,7 +427,7 @@ class L2Rec(L2Rec):
         at = out.get("at", slice(None))
         following, user = asked.following[at], asked.user[owner_of(asked.offsets, len(asked.history))[at]] if self.by_prefix else asked.user
         def retrieval(to, h, vectors):
-            if needed is None: return cosine_softmax(h.float(), vectors.float(), to.log_temperature, following, self.trained)
+            if needed is None: return cosine_softmax(h.float(), vectors.float(), to.log_temperature, following, self.trained, self.prior)
             return cosine_in_batch(h.float(), vectors[rows(following)].float(), to.log_temperature, following)
         if self.text_answer is None: total = retrieval(self, out["h"], vectors)
         else: total = retrieval(self, out["answers"]["behaviour"], vectors) + retrieval(self.text_answer, out["answers"]["semantic"], text_vectors)
