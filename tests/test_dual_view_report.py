@@ -177,7 +177,7 @@ def test_the_ablation(runs, parts):
     assert table.notes[0].startswith('**More than one part**: ') and '*semantic view only* and *behaviour view only* each: lacks ACF and BPC too' in table.notes[0] and dual_view.also_note(['l2rec+no-bpc']) == []
     assert '*views fused in their scores* and *views fused in their scores, with words* each: lacks ACF' in dual_view.also_note(['l2rec+fused-in-scores', 'l2rec+fused-in-scores-words'])[0]
     said = dual_view.describe_ablation(parts)
-    assert 'L2Rec (25 variants): the largest loss is that of *frozen backbone (heads only)' in said and 'Below L2Rec, by an interval that excludes zero: ' in said
+    assert 'L2Rec (26 variants): the largest loss is that of *frozen backbone (heads only)' in said and 'Below L2Rec, by an interval that excludes zero: ' in said
     hurt = parts.with_columns(mean=-.01, ci_low=-.02, ci_high=-.005)
     assert 'none lies below it. **Above L2Rec**: no shared experts' in dual_view.describe_ablation(hurt)
     with pytest.raises(ValueError, match='no run of dual_view is a variant of L2Rec'): dual_view.ablation_table(dual_view.within(runs, ['l2rec', 'learn']))
@@ -205,23 +205,26 @@ def test_an_ablation_on_a_share_of_the_users_has_the_names_of_the_whole(runs):
 def test_what_is_given_to_all_against_the_same_model_without(runs):
     gains, part = dual_view.addition_gains(runs), dual_view.with_part
     words, mean = gains.filter(added='words'), gains.filter(added='no-residual')
-    assert words['bare'].unique(maintain_order=True).to_list() == ['l2rec', 'unisrec'] and all(r['core'] == part(r['bare'], 'words') and r['model'] == r['bare'] for r in words.iter_rows(named=True))
+    for added in ('words', 'prior'):
+        own = gains.filter(added=added)
+        assert own['bare'].unique(maintain_order=True).to_list() == ['l2rec', 'unisrec'] and all(r['core'] == part(r['bare'], added) and r['model'] == r['bare'] for r in own.iter_rows(named=True))
     assert mean['bare'].unique(maintain_order=True).to_list() == ['l2rec', 'unisrec', 'learn'] and all(r['model'] == part(r['bare'], 'no-residual') and r['core'] == r['bare'] for r in mean.iter_rows(named=True))
     assert [part(m, 'words') for m in ('l2rec+fused-in-scores', 'unisrec+ids', 'learn')] == ['l2rec+fused-in-scores-words', 'unisrec+ids-words', 'learn+words']
     assert dual_view.addition_pairs(['l2rec+behaviour-only', 'unisrec+words', 'l2rec+behaviour-only-no-residual', 'learn']) == [('no-residual', 'l2rec+behaviour-only', 'l2rec+behaviour-only', 'l2rec+behaviour-only-no-residual')]
-    pairs = 5
-    for has, lacks in (('l2rec+words', 'l2rec'), ('unisrec+words', 'unisrec'), ('l2rec', 'l2rec+no-residual'), ('unisrec', 'unisrec+no-residual'), ('learn', 'learn+no-residual')):
+    pairs = 7
+    for has, lacks in (('l2rec+words', 'l2rec'), ('unisrec+words', 'unisrec'), ('l2rec+prior', 'l2rec'), ('unisrec+prior', 'unisrec'), ('l2rec', 'l2rec+no-residual'), ('unisrec', 'unisrec+no-residual'), ('learn', 'learn+no-residual')):
         a, b, r = values_of(runs, has), values_of(runs, lacks), row(gains, core=has, model=lacks, metric='test/ndcg@10')
         assert abs(r['mean'] - (a - b).mean()) < 1e-9 and abs(r['relative'] - (a - b).mean() / b.mean()) < 1e-9 and r['ci_low'] < r['mean'] < r['ci_high'] and r['p'] <= r['p_holm'] <= pairs * r['p'] + 1e-12
     table = dual_view.additions_table(runs, gains)
-    assert [r[2:5] for r in table.rows if r[0] == BOOKS] == [('the aging mean', 'L2Rec', '2 / 2'), ('the aging mean', 'UniSRec-like', '2 / 2'), ('the aging mean', 'LEARN-like', '2 / 2'), ("the texts' words", 'L2Rec', '2 / 2'), ("the texts' words", 'UniSRec-like', '2 / 2')]
+    assert [r[2:5] for r in table.rows if r[0] == BOOKS] == [('the aging mean', 'L2Rec', '2 / 2'), ('the aging mean', 'UniSRec-like', '2 / 2'), ('the aging mean', 'LEARN-like', '2 / 2'), ("the texts' words", 'L2Rec', '2 / 2'), ("the texts' words", 'UniSRec-like', '2 / 2'),
+                                                                     ('the prior of popularity', 'L2Rec', '2 / 2'), ('the prior of popularity', 'UniSRec-like', '2 / 2')]
     assert set(table.long.filter(pl.col('metric').str.starts_with('words-plus'))['model']) == {'l2rec', 'unisrec'} and set(table.long.filter(pl.col('metric').str.starts_with('residual-plus'))['model']) == {'l2rec', 'unisrec', 'learn'}
     assert not table.long.select('dataset', 'model', 'metric').is_duplicated().any()
     said = dual_view.describe_additions(gains).split('\n')
-    assert [s.split(':')[0] for s in said] == [f'- **{d}**, {what}' for d in runs.datasets() for what in ('the aging mean', "the texts' words")] and said[1].count('L2Rec') == said[1].count('UniSRec-like') == 1
+    assert [s.split(':')[0] for s in said] == [f'- **{d}**, {what}' for d in runs.datasets() for what in ('the aging mean', "the texts' words", 'the prior of popularity')] and said[1].count('L2Rec') == said[1].count('UniSRec-like') == 1
     assert '**harm**' not in said[1] and dual_view.describe_additions(words.with_columns(mean=-.01, ci_low=-.02, ci_high=-.005)).startswith(f"- **{BOOKS}**, the texts' words: **harm** to L2Rec -.0100")
     with pytest.raises(ValueError, match='unisrec.no-residual and unisrec'): dual_view.additions_table(dual_view.within(runs, ['l2rec', 'unisrec+words']))
-    assert dual_view.told_part('fused-in-scores-words') == 'views fused in their scores, with words'
+    assert dual_view.told_part('fused-in-scores-words') == 'views fused in their scores, with words' and dual_view.told_part('fused-in-scores-words-prior') == 'views fused in their scores, with words, with the prior'
 
 def test_the_gain_over_one_named_model_is_relative(runs):
     effect = next(e for e in dual_view.over_model('l2rec', 'unisrec+no-residual')(runs) if e.dataset == BOOKS)
