@@ -107,6 +107,10 @@ def test_a_prior_is_part_of_every_score(cls, split, items, folder):
     with torch.no_grad(): torch.testing.assert_close(told.scores(batch), plain.scores(batch) + plain.log_temperature.exp().clamp(min=.01) * popular)
     nobody = dataclasses.replace(batch, history=batch.history[:0], offsets=torch.zeros_like(batch.offsets), length=torch.zeros_like(batch.length))
     with torch.no_grad(): assert torch.equal(told.scores(nobody)[0].argsort(stable=True), popular.argsort(stable=True)) and not plain.scores(nobody).any()
+    after, windows = stir(make(cls, split, items, folder, prior=.6, prior_in_loss=False)), Windows(split, max_length=10)[np.arange(8)]
+    with torch.no_grad():
+        torch.testing.assert_close(after.scores(batch), told.scores(batch))
+        assert after.loss(windows)[0] == plain.loss(windows)[0] != told.loss(windows)[0]
     twin = make(cls, split, items, folder, seed=3, prior=2.)
     twin.load_state_dict(told.state_dict())
     with torch.no_grad(): torch.testing.assert_close(twin.eval().scores(batch), told.scores(batch))

@@ -248,11 +248,16 @@ def test_a_prior_is_part_of_every_score_and_of_the_loss(split, folders, reading,
         for to, h in zip(answers, out["answers"].values() if len(answers) == 2 else [out["h"]]):
             logits = unit(h.double(), dim=1) @ unit(to.items.vectors().double(), dim=1).T / to.log_temperature.double().exp() + popular.double()
             slow += torch.nn.functional.cross_entropy(logits.masked_fill(~told.trained, -torch.inf), asked.following)
-    assert value.item() == pytest.approx(slow.item(), rel=1e-4) and parts["contrastive"].item() == value.item()
+        assert value.item() == pytest.approx(slow.item(), rel=1e-4) and parts["contrastive"].item() == value.item()
+        after = make(split, folders, fused_in=fused_in, reading=reading, bpc_weight=0., balance_weight=0., prior=.6, prior_in_loss=False).eval()
+        after.load_state_dict(told.state_dict())
+        plain.load_state_dict({name: v for name, v in told.state_dict().items() if name != "prior"})
+        assert after.scores(histories).equal(told.scores(histories)) and after.loss(asked)[0] == plain.loss(asked)[0]
 
 
 def test_a_prior_among_the_batchs_targets_is_refused(split, folders):
     with pytest.raises(ValueError, match="prior=0.5: with targets='batch'"): make(split, folders, targets="batch", prior=.5)
+    assert make(split, folders, targets="batch", prior=.5, prior_in_loss=False).prior is not None
     with pytest.raises(ValueError, match="prior=-0.5: at least 0"): make(split, folders, prior=-.5)
 
 

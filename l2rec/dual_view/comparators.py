@@ -73,13 +73,14 @@ class UniSRecLike(Retrieval):
     "SASRec's blocks over the item head's vectors, cosine scores, softmax over the items that training meets. Width D."
 
     def __init__(self, items: ItemTexts, trained: Tensor | None = None, width: int | None = 128, hidden: int | None = 512, ids: bool = False, heads: int = 1, blocks: int = 2,
-                 dropout: float = .5, text_dropout: float = .2, temperature: float = .07, max_length: int = 50, residual: bool = False, words: int = 0, prior: Tensor | None = None):
+                 dropout: float = .5, text_dropout: float = .2, temperature: float = .07, max_length: int = 50, residual: bool = False, words: int = 0, prior: Tensor | None = None, prior_in_loss: bool = True):
         super().__init__()
         self.head = ItemHead(items, width, hidden, ids, text_dropout, words=words)
         self.tower = Tower(self.head.width, heads, blocks, dropout, max_length, residual)
         self.log_temperature = learned_temperature(temperature)
         self.register_buffer("trained", trained, persistent=False)                     # Bool[I], items that compete in the loss; None: all
         self.register_buffer("prior", prior)                                           # Float[I], see `popularity_prior`; None: none
+        self.prior_in_loss = prior_in_loss
 
     @classmethod
     def from_split(cls, split: Split, items: ItemTexts, # rows are those of `split`
@@ -91,11 +92,12 @@ class UniSRecLike(Retrieval):
                    residual: bool = False,              # the tower corrects the history's aging mean, as L2Rec's views do
                    words: int = 0,                      # columns of the texts' words that the head reads too, see `word_vectors`; 0: none
                    prior: float = 0.,                   # weight of an item's popularity in its logit, see `popularity_prior`; 0: none
+                   prior_in_loss: bool = True,          # False: in the scores alone
                    ) -> "UniSRecLike":
         "Raises `DataError` if the texts belong to another catalogue."
         items.check_belongs(split)
         counts = torch.from_numpy(training_counts(split))
-        return cls(items, counts > 0, width, hidden, ids, heads, blocks, dropout, text_dropout, temperature, max_length, residual, words, popularity_prior(counts, prior))
+        return cls(items, counts > 0, width, hidden, ids, heads, blocks, dropout, text_dropout, temperature, max_length, residual, words, popularity_prior(counts, prior), prior_in_loss)
 
     parameter_groups = optimiser_groups
 
@@ -106,7 +108,7 @@ class UniSRecLike(Retrieval):
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         items = self.head.vectors()
         hidden, _ = self.tower(items[batch.history], batch)
-        value = cosine_softmax(hidden, items, self.log_temperature, batch.following, self.trained, self.prior)
+        value = cosine_softmax(hidden, items, self.log_temperature, batch.following, self.trained, self.prior if self.prior_in_loss else None)
         return value, {"contrastive": value.detach()}
 
 # %% ../../nbs/dual_view/09_comparators.ipynb #c12
@@ -131,21 +133,22 @@ class LEARNLike(UniSRecLike):
 
     @classmethod
     def from_split(cls, split: Split, items: ItemTexts, width: int | None = 128, hidden: int | None = 512, ids: bool = False, heads: int = 1, blocks: int = 2, dropout: float = .5,
-                   text_dropout: float = .2, temperature: float = .07, max_length: int = 50, residual: bool = False, words: int = 0, prior: float = 0.,
+                   text_dropout: float = .2, temperature: float = .07, max_length: int = 50, residual: bool = False, words: int = 0, prior: float = 0., prior_in_loss: bool = True,
                    ahead: int | None = None, # later items that are targets; None: all
                    ) -> "LEARNLike":
         "Raises `DataError` if the texts belong to another catalogue."
         if ahead is not None and ahead < 1: raise ValueError(f"ahead={ahead}: at least 1, or None for all")
-        model = super().from_split(split, items, width, hidden, ids, heads, blocks, dropout, text_dropout, temperature, max_length, residual, words, prior)
+        model = super().from_split(split, items, width, hidden, ids, heads, blocks, dropout, text_dropout, temperature, max_length, residual, words, prior, prior_in_loss)
         model.ahead = ahead
         return model
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         raw = self.head.vectors()
         hidden, _ = self.tower(raw[batch.history], batch)
-        users, following = answering(self, normalize(hidden, dim=-1)) * inverse_temperature(self.log_temperature), beside_prior(normalize(raw, dim=-1), self.prior)[batch.following]
+        users, following, prior = normalize(hidden, dim=-1) * inverse_temperature(self.log_temperature), normalize(raw, dim=-1)[batch.following], self.prior if self.prior_in_loss else None
         further = (users * (following - later_mean(following, batch.offsets, self.ahead))).sum(-1).mean()
-        value = cosine_softmax(hidden, raw, self.log_temperature, batch.following, self.trained, self.prior) + further
+        if prior is not None: further = further + (prior[batch.following] - later_mean(prior[batch.following, None], batch.offsets, self.ahead)[:, 0]).mean()
+        value = cosine_softmax(hidden, raw, self.log_temperature, batch.following, self.trained, prior) + further
         return value, {"contrastive": value.detach(), "further": further.detach()}
 
 # %% ../../nbs/dual_view/09_comparators.ipynb #c20
@@ -203,7 +206,7 @@ class HLLMLike(Retrieval):
     "Item vectors from a text encoder that learns, SASRec's blocks over them, softmax over the items that training has read so far. Width D, text width d."
 
     def __init__(self, items: ItemTexts, encoder: TextEncoder, width: int | None = 128, hidden: int | None = 512, ids: bool = False, heads: int = 1, user_blocks: int = 2,
-                 dropout: float = .5, text_dropout: float = .2, temperature: float = .07, max_length: int = 50, residual: bool = False, words: int = 0, negatives: int = 128, prior: Tensor | None = None):
+                 dropout: float = .5, text_dropout: float = .2, temperature: float = .07, max_length: int = 50, residual: bool = False, words: int = 0, negatives: int = 128, prior: Tensor | None = None, prior_in_loss: bool = True):
         super().__init__()
         if negatives < 1: raise ValueError(f"negatives={negatives}: at least 1")
         self.negatives = negatives
@@ -214,6 +217,7 @@ class HLLMLike(Retrieval):
         self.register_buffer("memory", self.head.no_text.new_zeros(len(items), d))       # Float[I, d], text vectors as training read them last
         self.register_buffer("met", torch.zeros(len(items), dtype=torch.bool))           # Bool[I], whether it did
         self.register_buffer("prior", prior)                                             # Float[I], see `popularity_prior`; None: none
+        self.prior_in_loss = prior_in_loss
         self._kept = None                                                              # (state of the weights, item vectors)
 
     @classmethod
@@ -229,13 +233,13 @@ class HLLMLike(Retrieval):
                    user_blocks: int = 2,                # of the tower
                    dropout: float = .5, text_dropout: float = .2, temperature: float = .07, max_length: int = 50, residual: bool = False, words: int = 0,
                    negatives: int = 128,                # items drawn in each step for the encoder to tell the targets from
-                   prior: float = 0.,                   # weight of an item's popularity in its logit; 0: none
+                   prior: float = 0., prior_in_loss: bool = True, # see `UniSRecLike.from_split`
                    ) -> "HLLMLike":
         "Raises `DataError` if the texts belong to another catalogue or the encoder has another width."
         items.check_belongs(split)
         text = TextEncoder(items, encoder, blocks, rank, alpha, layers, item_tokens, pooling, chunk_tokens)
         if (d := text.model.config.hidden_size) != items.width: raise DataError(f"encoder '{encoder}' makes vectors of width {d}, and the item texts have width {items.width}; make both with the same encoder")
-        return cls(items, text, width, hidden, ids, heads, user_blocks, dropout, text_dropout, temperature, max_length, residual, words, negatives, popularity_prior(torch.from_numpy(training_counts(split)), prior))
+        return cls(items, text, width, hidden, ids, heads, user_blocks, dropout, text_dropout, temperature, max_length, residual, words, negatives, popularity_prior(torch.from_numpy(training_counts(split)), prior), prior_in_loss)
 
 # %% ../../nbs/dual_view/09_comparators.ipynb #c24
 class HLLMLike(HLLMLike):
@@ -279,7 +283,7 @@ class HLLMLike(HLLMLike):
         hidden, _ = self.tower(own[history], batch)
         users = normalize(hidden, dim=-1) * inverse_temperature(self.log_temperature)
         swap = normalize(items[:len(bought)], dim=-1)[following] - normalize(own, dim=-1)[following]
-        value = cosine_softmax(hidden, items, self.log_temperature, following, prior=None if self.prior is None else self.prior[index]) + (users * swap).sum(-1).mean()
+        value = cosine_softmax(hidden, items, self.log_temperature, following, prior=self.prior[index] if self.prior is not None and self.prior_in_loss else None) + (users * swap).sum(-1).mean()
         if self.training: self.memory[index[:len(raw)]], self.met[bought] = raw.detach(), True
         return value, {"contrastive": value.detach(), "candidates": torch.tensor(float(len(candidates)))}
 

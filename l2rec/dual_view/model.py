@@ -140,8 +140,8 @@ class L2Rec(Retrieval):
             if getattr(s, name) is not None and getattr(s, name) < 1: raise ValueError(f"{name}={getattr(s, name)}: at least 1")
         for name in ("bpc_weight", "balance_weight"):
             if getattr(s, name) < 0: raise ValueError(f"{name}={getattr(s, name)}: at least 0")
-        if one_of(s.targets, ("catalogue", "batch"), "targets") == "batch" and prior is not None:
-            raise ValueError(f"prior={s.prior}: with targets='batch' popular items are the more often negatives, which takes their popularity out of the loss again; use targets='catalogue', or prior=0")
+        if one_of(s.targets, ("catalogue", "batch"), "targets") == "batch" and prior is not None and s.prior_in_loss:
+            raise ValueError(f"prior={s.prior}: with targets='batch' popular items are the more often negatives, which takes their popularity out of the loss again; use targets='catalogue', or prior_in_loss=False")
         one_of(s.fused_in, ("backbone", "items", "scores"), "fused_in")
         if one_of(s.reading, ("prefixes", "whole"), "reading") == "prefixes":
             if s.order != "oldest": raise ValueError(f"order={s.order!r}: prefixes begin with the oldest item; order='newest' is for reading='whole'")
@@ -220,6 +220,7 @@ class L2Rec(L2Rec):
                    words: int = 0,                      # columns of the texts' words that the head reads beside the text vectors, see `word_vectors`; 0: none
                    temperature: float = .07,            # where the learned temperature begins
                    prior: float = 0.,                   # weight of an item's popularity in its logit, see `popularity_prior`; 0: none
+                   prior_in_loss: bool = True,          # False: in the scores alone
                    pooling: str = "auto",               # of the semantic view, see `pool_view`
                    behaviour_pooling: str = "newest",   # the place of the newest item (the last place of a causal backbone), or as in `pool_view`
                    order: str = "oldest",               # see `semantic_input`
@@ -427,7 +428,7 @@ class L2Rec(L2Rec):
         at = out.get("at", slice(None))
         following, user = asked.following[at], asked.user[owner_of(asked.offsets, len(asked.history))[at]] if self.by_prefix else asked.user
         def retrieval(to, h, vectors):
-            if needed is None: return cosine_softmax(h.float(), vectors.float(), to.log_temperature, following, self.trained, self.prior)
+            if needed is None: return cosine_softmax(h.float(), vectors.float(), to.log_temperature, following, self.trained, self.prior if s.prior_in_loss else None)
             return cosine_in_batch(h.float(), vectors[rows(following)].float(), to.log_temperature, following)
         if self.text_answer is None: total = retrieval(self, out["h"], vectors)
         else: total = retrieval(self, out["answers"]["behaviour"], vectors) + retrieval(self.text_answer, out["answers"]["semantic"], text_vectors)
