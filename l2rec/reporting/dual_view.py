@@ -1120,6 +1120,16 @@ L2REC_CLAIMS = (
       for short, what, model in (('unisrec', f"the {MODELS['unisrec']} model without ids", 'unisrec'), ('l2rec', 'L2Rec whose views answer apart', f'{L2REC}+fused-in-scores'))),
     *(Claim(f'l2rec-apart-words-over-{other.replace("+", "-")}', 'this compendium', f'Two views that answer apart, with words, rank better (NDCG@10) than {what}.', 'P', 'dual_view', better(f'{L2REC}+fused-in-scores-words', other))
       for other, what in (('unisrec', f"the {MODELS['unisrec']} model without words"), (with_part('unisrec', WORDS), f"the {MODELS['unisrec']} model with words"))),
+    *(Claim(f'prior-helps-{short}', 'this compendium', f"An item's popularity beside the cosine ranks better (NDCG@10) in {what}.", 'P', 'dual_view', better(with_part(model, PRIOR), model))
+      for short, what, model in (('unisrec', f"the {MODELS['unisrec']} model without ids", 'unisrec'), ('learn', f"the {MODELS['learn']} model without ids", 'learn'), ('l2rec', 'L2Rec', L2REC), ('l2rec-apart', 'L2Rec whose views answer apart', f'{L2REC}+fused-in-scores'),
+                                 ('l2rec-apart-words', 'L2Rec whose views answer apart, with words', f'{L2REC}+fused-in-scores-words'))),
+    *(Claim(f'l2rec-{short}-over-{other.replace("+", "-")}', 'this compendium', f'{what} rank better (NDCG@10) than {name_of(other)}.', 'P', 'dual_view', joined_before(better(core, other)))
+      for short, what, core, others in (('apart-prior', 'Two views that answer apart, with the prior,', f'{L2REC}+fused-in-scores-prior', ('unisrec', 'unisrec+prior', 'learn+prior')),
+                                        ('apart-words-prior', 'Two views that answer apart, with words and the prior,', f'{L2REC}+fused-in-scores-words-prior', ('unisrec', 'unisrec+prior', 'unisrec+words-prior')),
+                                        ('apart-ids-prior', 'Two views that answer apart, with ids and the prior,', f'{WITH_IDS}-fused-in-scores-prior', ('sasrec', 'item-knn', 'item-knn-last', 'unisrec+ids', 'unisrec+ids-prior'))) for other in others),
+    *(Claim(f'l2rec-{short}-gain-over-{other.replace("+", "-")}', _PAPER, f'{what} have an NDCG@10 more than {100 * PAPER_GAIN:.2f} % above that of {name_of(other)} (the effect is the relative gain; both have the same additions of ours).', 'S', 'dual_view', over_model(core, other), PAPER_GAIN)
+      for short, what, core, other in (('apart-prior', 'Two views that answer apart, with the prior,', f'{L2REC}+fused-in-scores-prior', 'unisrec+prior'),
+                                       ('apart-words-prior', 'Two views that answer apart, with words and the prior,', f'{L2REC}+fused-in-scores-words-prior', 'unisrec+words-prior'))),
     Claim('l2rec-dpmoe-over-lora', _PAPER, 'DPMoE ranks better (NDCG@10) than one plain LoRA of equal size in both views.' + _OURS, 'P', 'dual_view', part_helps('', 'lora')),
     Claim('l2rec-adapters', 'this compendium', 'DPMoE ranks better (NDCG@10) than the frozen backbone with trained heads.', 'P', 'dual_view', part_helps('frozen')),
     Claim('l2rec-shared-experts', _PAPER, 'Experts shared by both views help (NDCG@10).' + _OURS, 'P', 'dual_view', part_helps('no-shared')),
