@@ -226,6 +226,22 @@ def test_what_is_given_to_all_against_the_same_model_without(runs):
     with pytest.raises(ValueError, match='unisrec.no-residual and unisrec'): dual_view.additions_table(dual_view.within(runs, ['l2rec', 'unisrec+words']))
     assert dual_view.told_part('fused-in-scores-words') == 'views fused in their scores, with words' and dual_view.told_part('fused-in-scores-words-prior') == 'views fused in their scores, with words, with the prior'
 
+def test_accuracy_by_how_often_training_met_the_target(runs):
+    joined, _ = dual_view.with_retrieval(runs)
+    table = dual_view.popularity_table(joined)
+    assert not {'no BPC', 'rank 4', 'LEARN-like (10 % of the users)'} & {r[2] for r in table.rows} and {'L2Rec', 'with the prior', 'views fused in their scores', 'SASRec', 'EASE'} <= {r[2] for r in table.rows}
+    tables = {m: [t.sort('user_id') for t in ts] for m, ts in dual_view.per_user_tables(joined, BOOKS).items()}
+    count, value = tables['l2rec'][0]['target_popularity'].to_numpy(), np.mean([t['ndcg@10'].to_numpy() for t in tables['unisrec']], axis=0)
+    own = next(r for r in table.rows if r[0] == BOOKS and r[2] == 'UniSRec-like')
+    assert list(own[7:]) == [dual_view.number(value[here].mean()) for here in (count < 10, (count >= 10) & (count < 50), count >= 50)] and own[4] == dual_view.number(value.mean())
+    assert row(table.long, dataset=BOOKS, model='unisrec', metric='test/ndcg@10/target in training 10–49')['mean'] == pytest.approx(value[(count >= 10) & (count < 50)].mean())
+    assert 'coverage is widest' in dual_view.describe_popularity(table) and 'coverage is widest' not in dual_view.describe_popularity(dual_view.popularity_table(dual_view.within(runs, ['l2rec', 'unisrec'])))
+    effect = next(e for e in dual_view.better_where('l2rec', 'unisrec', below=10)(runs) if e.dataset == BOOKS)
+    a = np.mean([t['ndcg@10'].to_numpy() for t in tables['l2rec']], axis=0)
+    assert effect.value == pytest.approx((a - value)[count < 10].mean(), abs=1e-7) and effect.low < effect.value < effect.high
+    assert 'no record of hllm+words' in dual_view.better_where('l2rec', 'hllm+words')(runs)[0].reason and '0 users have such a target' in dual_view.better_where('l2rec', 'unisrec', 10**6)(runs)[0].reason
+    with pytest.raises(ValueError, match='no model of texts'): dual_view.popularity_table(dual_view.within(runs, ['sasrec']))
+
 def test_the_gain_over_one_named_model_is_relative(runs):
     effect = next(e for e in dual_view.over_model('l2rec', 'unisrec+no-residual')(runs) if e.dataset == BOOKS)
     a, b = values_of(runs, 'l2rec'), values_of(runs, 'unisrec+no-residual')
@@ -467,7 +483,7 @@ def test_the_report_of_one_of_each_kind_and_of_two_models_with_one_seed_and_no_f
     full, text = reports(own, few)
     assert 'Not drawn' not in full
     def written(results): return {p.name for p in (results / 'demo').glob('*/*') if p.is_file()}
-    for name in ('dual-view', 'dual-view-ablation', 'dual-view-ablation-10', 'dual-view-sizes', 'dual-view-additions', 'dual-view-slices', 'dual-view-search', 'dual-view-cost', 'text-budget', 'view-start', 'expert-efficiency'): assert {f'{name}.{s}' for s in ('csv', 'md', 'tex')} <= written(own), name
+    for name in ('dual-view', 'dual-view-ablation', 'dual-view-ablation-10', 'dual-view-sizes', 'dual-view-additions', 'dual-view-slices', 'dual-view-popularity', 'dual-view-search', 'dual-view-cost', 'text-budget', 'view-start', 'expert-efficiency'): assert {f'{name}.{s}' for s in ('csv', 'md', 'tex')} <= written(own), name
     for name in ('dual-view-sparsity', 'dual-view-history-length', 'dual-view-training', 'expert-use', 'fusion-gate'): assert {f'{name}.{s}' for s in ('csv', 'png', 'pdf')} <= written(own), name
     assert text.count('Not drawn') == 13 and 'LEARN-like, its only comparator: +' in text and '**No floors**' in text and '**Not tuned**' in text and 'every trained row (2) rests on one seed' in text
-    assert written(few) == {f'{n}.{s}' for n in ('dual-view', 'dual-view-slices') for s in ('csv', 'md', 'tex')} | {f'dual-view-history-length.{s}' for s in ('csv', 'png', 'pdf')}
+    assert written(few) == {f'{n}.{s}' for n in ('dual-view', 'dual-view-slices', 'dual-view-popularity') for s in ('csv', 'md', 'tex')} | {f'dual-view-history-length.{s}' for s in ('csv', 'png', 'pdf')}

@@ -5,22 +5,23 @@
 # %% auto #0
 __all__ = ['L2REC', 'WITH_IDS', 'MODELS', 'TEXT_MODELS', 'CLASSES', 'PLANNED', 'PARTS', 'REVERSED', 'WORDS', 'PRIOR', 'BARE',
            'ADDITIONS', 'SIZES', 'OWN_SIZE', 'EXAMPLE_GAIN', 'EXAMPLE_LOSS', 'METRICS', 'MAIN', 'GAINS', 'ALSO',
-           'EDGES', 'SLICED', 'FEW_USERS', 'USE', 'EVERYBODY', 'COST', 'ELSEWHERE', 'UNITS', 'MEET', 'PAPER_GAIN',
-           'SHARE', 'SHARE_MARGIN', 'QWEN_SHARE', 'L2REC_CLAIMS', 'pieces', 'of_pieces', 'core_of', 'class_of',
-           'amount_of', 'share_of', 'dual_order', 'told_part', 'name_of', 'models_of', 'main_models', 'ablations',
-           'example_values', 'example_router', 'example_names', 'example_dual_view_records', 'same_users',
+           'EDGES', 'SLICED', 'FEW_USERS', 'MET', 'USE', 'EVERYBODY', 'COST', 'ELSEWHERE', 'UNITS', 'MEET',
+           'PAPER_GAIN', 'SHARE', 'SHARE_MARGIN', 'QWEN_SHARE', 'L2REC_CLAIMS', 'pieces', 'of_pieces', 'core_of',
+           'class_of', 'amount_of', 'share_of', 'dual_order', 'told_part', 'name_of', 'models_of', 'main_models',
+           'ablations', 'example_values', 'example_router', 'example_names', 'example_dual_view_records', 'same_users',
            'with_retrieval', 'l2rec_minus', 'best_comparator', 'one_seed_note', 'not_run_note', 'untuned_note',
            'refit_note', 'value_cells', 'minus_rows', 'minus_table', 'dual_view_table', 'gain_said', 'sides_said',
            'describe_dual_view', 'at_share', 'ablated_shares', 'ablation_table', 'also_note', 'describe_ablation',
            'own_size', 'sizes_table', 'describe_sizes', 'with_part', 'addition_pairs', 'addition_gains',
-           'additions_table', 'describe_additions', 'cold_slices', 'cold_table', 'describe_cold', 'shown_models',
-           'relative_values', 'user_means', 'fraction_model', 'sparsity', 'sparsity_figure', 'relative_gain', 'percent',
-           'describe_sparsity', 'record_tables', 'expert_use', 'shown_groups', 'expert_use_figure', 'everybody',
-           'evenness', 'use_differences', 'describe_expert_use', 'fusion_gates', 'gate_slices', 'fusion_figure',
-           'describe_fusion', 'cost_of', 'cost_table', 'describe_cost', 'search_rows', 'speed_table', 'text_table',
-           'describe_text', 'start_table', 'describe_start', 'joined_before', 'or_with_fewer_users', 'part_helps',
-           'bpc_helps', 'relative_effect', 'over_best', 'over_model', 'over_floor', 'grows_with_sparsity',
-           'with_few_beats_all', 'trained_shares', 'qwen_share', 'routed_apart', 'balance_prevents_collapse']
+           'additions_table', 'describe_additions', 'cold_slices', 'cold_table', 'describe_cold', 'popularity_models',
+           'popularity_table', 'describe_popularity', 'shown_models', 'relative_values', 'user_means', 'fraction_model',
+           'sparsity', 'sparsity_figure', 'relative_gain', 'percent', 'describe_sparsity', 'record_tables',
+           'expert_use', 'shown_groups', 'expert_use_figure', 'everybody', 'evenness', 'use_differences',
+           'describe_expert_use', 'fusion_gates', 'gate_slices', 'fusion_figure', 'describe_fusion', 'cost_of',
+           'cost_table', 'describe_cost', 'search_rows', 'speed_table', 'text_table', 'describe_text', 'start_table',
+           'describe_start', 'joined_before', 'or_with_fewer_users', 'part_helps', 'bpc_helps', 'relative_effect',
+           'over_best', 'better_where', 'over_model', 'over_floor', 'grows_with_sparsity', 'with_few_beats_all',
+           'trained_shares', 'qwen_share', 'routed_apart', 'balance_prevents_collapse']
 
 # %% ../../nbs/reporting/05_dual_view.ipynb #c02
 import re
@@ -590,6 +591,52 @@ def describe_cold(data: pl.DataFrame) -> str:
         lines.append(f"- **{dataset}**, {name_of(core)} minus {name_of(here['other'][0])}: {'; '.join(parts)}.")
     return '\n'.join(lines)
 
+# %% ../../nbs/reporting/05_dual_view.ipynb #5a0e0007
+MET = (0, 10, 50)   # lower bounds of how often training met the target
+
+def popularity_models(runs: Runs) -> list[str]:
+    "The main models, what was run with and without one of ADDITIONS, and L2Recs whose views answer apart; trained on all users."
+    known = models_of(runs)
+    added = {m for *_, has, lacks in addition_pairs(known) for m in (has, lacks)}
+    return [m for m in known if share_of(m)[1] == 100 and (m in added or not pieces(m)[2] or pieces(m)[2].startswith('fused-in-scores'))]
+
+def popularity_table(
+    runs: Runs, # of `with_retrieval`
+    name: str = 'dual-view-popularity',
+) -> Table:
+    "Accuracy beside coverage, popularity of the lists, and accuracy by how often training met the target; ValueError without a model of texts."
+    beyond, labels, rows, long = ('test/coverage@10', 'test/popularity_lift@10'), [f'{a}–{b - 1}' if b else f'≥ {a}' for a, b in zip(MET, (*MET[1:], None))], [], []
+    whole = summarise(within(runs, popularity_models(runs)), [MAIN, *beyond])
+    for dataset in runs.datasets():
+        tables = per_user_tables(runs, dataset)
+        ours = [m for m in popularity_models(runs) if m in tables and pieces(m)[0] in TEXT_MODELS]
+        if not ours: continue
+        inside = np.searchsorted(MET, tables[ours[0]][0].sort('user_id')['target_popularity'].to_numpy(), side='right') - 1    # of one training part: a floor that was refitted counts more
+        values = {m: np.mean([t.sort('user_id')[per_user_column(MAIN)].cast(pl.Float64).to_numpy() for t in tables[m]], axis=0) for m in popularity_models(runs) if m in tables}
+        for model in dual_order(values):
+            own = {r['metric']: r for r in whole.filter(dataset=dataset, model=model).iter_rows(named=True)}
+            parts = [float(values[model][inside == i].mean()) if (inside == i).any() else None for i in range(len(MET))]
+            rows.append((dataset, class_of(model), name_of(model), str(len(tables[model])), *(number(own[m]['mean']) if m in own else '–' for m in (MAIN, *beyond)), *map(number, parts)))
+            long += [(dataset, model, f'{MAIN}/{SLICED["target_popularity"]} {label}', value, None, len(tables[model]), None, None) for label, value in zip(labels, parts) if value is not None]
+    if not rows: raise ValueError('no model of texts has values of its users, which tell how often training met their targets')
+    heads = (('', 'dataset'), ('', 'class'), ('', 'model'), ('', 'seeds'), *(('', metric_label(m)) for m in (MAIN, *beyond)), *((f'{metric_label(MAIN)}, target in training', label) for label in labels))
+    caption = 'Test, seen items removed. Coverage: share of the catalogue that is in the ten of anybody. Popularity lift: mean training popularity of the ten over that of the users\' training interactions. Means over seeds. How often a target occurs in training is counted without the validation items.'
+    return Table(name, pl.concat([whole.cast(LONG), pl.DataFrame(long, schema=LONG, orient='row')]), heads, tuple(rows), caption)
+
+def describe_popularity(table: Table) -> str:
+    "Markdown: for each data set and class who shows most and least of the catalogue, and who is best where the target is rare and where it is popular."
+    lines, rare, popular = [], f'{MAIN}/{SLICED["target_popularity"]} {MET[0]}–{MET[1] - 1}', f'{MAIN}/{SLICED["target_popularity"]} ≥ {MET[-1]}'
+    for dataset in table.long['dataset'].unique(maintain_order=True):
+        for kind in CLASSES:
+            here = table.long.filter(dataset=dataset).filter(pl.col('model').map_elements(class_of, pl.String) == kind)
+            if here['model'].n_unique() < 2: continue
+            end = lambda metric, last: here.filter(metric=metric).sort('mean', descending=last).row(0, named=True)
+            told = lambda r: f"{name_of(r['model'])} ({number(r['mean'])})"
+            parts = [f"coverage is widest with {told(end('test/coverage@10', True))} and narrowest with {told(end('test/coverage@10', False))}"] if here.filter(metric='test/coverage@10').height > 1 else []
+            parts += [f'{where} {told(end(metric, True))} ranks best' for where, metric in ((f'where training met the target less than {MET[1]} times', rare), (f'at {MET[-1]} times or more', popular)) if here.filter(metric=metric).height]
+            lines.append(f"- **{dataset}**, {kind}: {'; '.join(parts)}.")
+    return '\n'.join(lines)
+
 # %% ../../nbs/reporting/05_dual_view.ipynb #c45
 def shown_models(runs: Runs, gains: pl.DataFrame) -> list[str]:
     "L2Rec with and without ids, the best comparator of each data set and class, and SASRec: what a figure of all can hold."
@@ -1017,6 +1064,25 @@ def over_best(core: str) -> Callable[[Runs], list[Effect]]:
         return effects
     return measure
 
+def better_where(
+    model: str, other: str, # the claim: `model` ranks better than `other` (NDCG@10)
+    least: int = 0, below: float = np.inf, # where training met the target so often
+) -> Callable[[Runs], list[Effect]]:
+    "A measure: `better` among those test users."
+    def measure(runs: Runs) -> list[Effect]:
+        effects = []
+        for dataset in runs.datasets():
+            tables = per_user_tables(runs, dataset)
+            absent, users = [m for m in (model, other) if m not in tables], []
+            if not absent: users = tables[model][0].filter(pl.col('target_popularity') >= least, pl.col('target_popularity') < below)['user_id']
+            if absent or len(users) < FEW_USERS:
+                effects.append(Effect(dataset, None, reason=f"no record of {' and '.join(absent)}" if absent else f'{len(users)} users have such a target'))
+                continue
+            r = compare({m: [t.filter(pl.col('user_id').is_in(users.implode())) for t in tables[m]] for m in (model, other)}, other, per_user_column(MAIN), n=RESAMPLES).row(0, named=True)
+            effects.append(Effect(dataset, r['difference'], r['ci_low'], r['ci_high'], r['difference'] / r['reference_mean'] if r['reference_mean'] > 0 else None, r['n_users'], f'{len(tables[model])} against {len(tables[other])}'))
+        return effects
+    return measure
+
 def over_model(core: str, other: str) -> Callable[[Runs], list[Effect]]:
     "A measure: relative gain of `core` over `other`."
     def measure(runs: Runs) -> list[Effect]:
@@ -1099,6 +1165,8 @@ def balance_prevents_collapse(runs: Runs) -> list[Effect]:
 _PAPER = 'L2Rec, SIGIR 2026'
 _OURS = ' (The mechanism is the paper\'s; that this exchange of it lowers NDCG@10 is tested as ours.)'
 
+_APART = (('apart', 'two views that answer apart', f'{L2REC}+fused-in-scores', 'unisrec'), ('apart-prior', 'two views that answer apart, both models with the prior,', f'{L2REC}+fused-in-scores-prior', 'unisrec+prior'))
+
 L2REC_CLAIMS = (
     *(Claim(f'l2rec-over-best-{kind}', _PAPER, f'L2Rec ({kind}) has an NDCG@10 more than {100 * PAPER_GAIN:.2f} % above that of the best {kind} comparator of the records (the effect is the relative gain; the figure is the least gain that the paper reports, '
             'its comparators differ).', 'S', 'dual_view', joined_before(over_best(core)), PAPER_GAIN) for core, kind in ((L2REC, 'inductive'), (WITH_IDS, 'transductive'))),
@@ -1127,6 +1195,10 @@ L2REC_CLAIMS = (
       for short, what, core, others in (('apart-prior', 'Two views that answer apart, with the prior,', f'{L2REC}+fused-in-scores-prior', ('unisrec', 'unisrec+prior', 'learn+prior')),
                                         ('apart-words-prior', 'Two views that answer apart, with words and the prior,', f'{L2REC}+fused-in-scores-words-prior', ('unisrec', 'unisrec+prior', 'unisrec+words-prior')),
                                         ('apart-ids-prior', 'Two views that answer apart, with ids and the prior,', f'{WITH_IDS}-fused-in-scores-prior', ('sasrec', 'item-knn', 'item-knn-last', 'unisrec+ids', 'unisrec+ids-prior'))) for other in others),
+    *(Claim(f'l2rec-{short}-rare-over-{other.replace("+", "-")}', 'this compendium', f'Where training met the target less than {MET[1]} times, {what} rank better (NDCG@10) than {name_of(other)}. (Seen in these records before it was a claim.)', 'P', 'dual_view', better_where(core, other, below=MET[1]))
+      for short, what, core, other in _APART),
+    *(Claim(f'{other.replace("+", "-")}-popular-over-l2rec-{short}', 'this compendium', f'Where training met the target {MET[-1]} times or more, {name_of(other)} ranks better (NDCG@10) than {what}. (Seen in these records before it was a claim.)', 'P', 'dual_view', better_where(other, core, MET[-1]))
+      for short, what, core, other in _APART),
     *(Claim(f'l2rec-{short}-gain-over-{other.replace("+", "-")}', _PAPER, f'{what} have an NDCG@10 more than {100 * PAPER_GAIN:.2f} % above that of {name_of(other)} (the effect is the relative gain; both have the same additions of ours).', 'S', 'dual_view', over_model(core, other), PAPER_GAIN)
       for short, what, core, other in (('apart-prior', 'Two views that answer apart, with the prior,', f'{L2REC}+fused-in-scores-prior', 'unisrec+prior'),
                                        ('apart-words-prior', 'Two views that answer apart, with words and the prior,', f'{L2REC}+fused-in-scores-words-prior', 'unisrec+words-prior'))),
