@@ -177,7 +177,7 @@ def test_the_ablation(runs, parts):
     assert table.notes[0].startswith('**More than one part**: ') and '*semantic view only* and *behaviour view only* each: lacks ACF and BPC too' in table.notes[0] and dual_view.also_note(['l2rec+no-bpc']) == []
     assert '*views fused in their scores* and *views fused in their scores, with words* each: lacks ACF' in dual_view.also_note(['l2rec+fused-in-scores', 'l2rec+fused-in-scores-words'])[0]
     said = dual_view.describe_ablation(parts)
-    assert 'L2Rec (26 variants): the largest loss is that of *frozen backbone (heads only)' in said and 'Below L2Rec, by an interval that excludes zero: ' in said
+    assert 'L2Rec (27 variants): the largest loss is that of *frozen backbone (heads only)' in said and 'Below L2Rec, by an interval that excludes zero: ' in said
     hurt = parts.with_columns(mean=-.01, ci_low=-.02, ci_high=-.005)
     assert 'none lies below it. **Above L2Rec**: no shared experts' in dual_view.describe_ablation(hurt)
     with pytest.raises(ValueError, match='no run of dual_view is a variant of L2Rec'): dual_view.ablation_table(dual_view.within(runs, ['l2rec', 'learn']))

@@ -133,7 +133,7 @@ def ablations(runs: Runs) -> list[str]:
 # %% ../../nbs/reporting/05_dual_view.ipynb #c11
 EXAMPLE_GAIN = {L2REC: .95, 'lora': .75, 'unisrec': .5, 'learn': .3, 'hllm': .55, WITH_IDS: 1.05, 'lora+ids': .9, 'unisrec+ids': .65, 'sasrec': .55}
 EXAMPLE_LOSS = {'no-shared': .1, 'no-semantic-pool': .2, 'no-behaviour-pool': .15, 'no-user': .1, 'no-context': .05, 'no-interaction': .02, 'dense': .05, 'random': .3, 'equal': .2, 'mean-fusion': .1,
-                'concat-fusion': .05, 'no-bpc': .1, 'no-balance': .1, 'semantic-only': .5, 'behaviour-only': .6, 'frozen': .7, 'no-residual': .3, 'fused-in-items': .02, 'fused-in-scores': .01, 'bpc': .03, 'all-tokens': .05, 'token-dropout': .04, 'words': -.05, 'prior': -.04, 'whole': .2, 'experts-2': .15, 'experts-12': .02, 'rank-4': .05, 'rank-16': 0.,
+                'concat-fusion': .05, 'no-bpc': .1, 'no-balance': .1, 'semantic-only': .5, 'behaviour-only': .6, 'frozen': .7, 'no-residual': .3, 'fused-in-items': .02, 'fused-in-scores': .01, 'bpc': .03, 'all-tokens': .05, 'token-dropout': .04, 'words': -.05, 'prior': -.04, 'prior-in-loss': -.03, 'whole': .2, 'experts-2': .15, 'experts-12': .02, 'rank-4': .05, 'rank-16': 0.,
                 'top-1': .1, 'top-4': .02, 'fraction-10': .6, 'fraction-25': .35, 'fraction-50': .15}   # what a variant loses of its model's strength
 
 def example_values(
