@@ -236,10 +236,10 @@ def test_accuracy_by_how_often_training_met_the_target(runs):
     assert list(own[7:]) == [dual_view.number(value[here].mean()) for here in (count < 10, (count >= 10) & (count < 50), count >= 50)] and own[4] == dual_view.number(value.mean())
     assert row(table.long, dataset=BOOKS, model='unisrec', metric='test/ndcg@10/target in training 10–49')['mean'] == pytest.approx(value[(count >= 10) & (count < 50)].mean())
     assert 'coverage is widest' in dual_view.describe_popularity(table) and 'coverage is widest' not in dual_view.describe_popularity(dual_view.popularity_table(dual_view.within(runs, ['l2rec', 'unisrec'])))
-    effect = next(e for e in dual_view.better_where('l2rec', 'unisrec', below=10)(runs) if e.dataset == BOOKS)
+    effect = next(e for e in claims.better('l2rec', 'unisrec', met=(0, 10))(runs) if e.dataset == BOOKS)
     a = np.mean([t['ndcg@10'].to_numpy() for t in tables['l2rec']], axis=0)
     assert effect.value == pytest.approx((a - value)[count < 10].mean(), abs=1e-7) and effect.low < effect.value < effect.high
-    assert 'no record of hllm+words' in dual_view.better_where('l2rec', 'hllm+words')(runs)[0].reason and '0 users have such a target' in dual_view.better_where('l2rec', 'unisrec', 10**6)(runs)[0].reason
+    assert 'no record of hllm+words' in claims.better('l2rec', 'hllm+words', met=(0, 10))(runs)[0].reason and '0 users have such a target' in claims.better('l2rec', 'unisrec', met=(10**6, math.inf))(runs)[0].reason
     with pytest.raises(ValueError, match='no model of texts'): dual_view.popularity_table(dual_view.within(runs, ['sasrec']))
 
 def test_the_gain_over_one_named_model_is_relative(runs):

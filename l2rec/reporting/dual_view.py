@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['L2REC', 'WITH_IDS', 'MODELS', 'TEXT_MODELS', 'CLASSES', 'PLANNED', 'PARTS', 'REVERSED', 'WORDS', 'PRIOR', 'BARE',
            'ADDITIONS', 'SIZES', 'OWN_SIZE', 'EXAMPLE_GAIN', 'EXAMPLE_LOSS', 'METRICS', 'MAIN', 'GAINS', 'ALSO',
-           'EDGES', 'SLICED', 'FEW_USERS', 'MET', 'USE', 'EVERYBODY', 'COST', 'ELSEWHERE', 'UNITS', 'MEET',
-           'PAPER_GAIN', 'SHARE', 'SHARE_MARGIN', 'QWEN_SHARE', 'L2REC_CLAIMS', 'pieces', 'of_pieces', 'core_of',
-           'class_of', 'amount_of', 'share_of', 'dual_order', 'told_part', 'name_of', 'models_of', 'main_models',
-           'ablations', 'example_values', 'example_router', 'example_names', 'example_dual_view_records', 'same_users',
-           'with_retrieval', 'l2rec_minus', 'best_comparator', 'one_seed_note', 'not_run_note', 'untuned_note',
-           'refit_note', 'value_cells', 'minus_rows', 'minus_table', 'dual_view_table', 'gain_said', 'sides_said',
+           'EDGES', 'SLICED', 'MET', 'USE', 'EVERYBODY', 'COST', 'ELSEWHERE', 'UNITS', 'MEET', 'PAPER_GAIN', 'SHARE',
+           'SHARE_MARGIN', 'QWEN_SHARE', 'L2REC_CLAIMS', 'pieces', 'of_pieces', 'core_of', 'class_of', 'amount_of',
+           'share_of', 'dual_order', 'told_part', 'name_of', 'models_of', 'main_models', 'ablations', 'example_values',
+           'example_router', 'example_names', 'example_dual_view_records', 'same_users', 'with_retrieval',
+           'l2rec_minus', 'best_comparator', 'one_seed_note', 'not_run_note', 'untuned_note', 'refit_note',
+           'value_cells', 'minus_rows', 'minus_table', 'dual_view_table', 'gain_said', 'sides_said',
            'describe_dual_view', 'at_share', 'ablated_shares', 'ablation_table', 'also_note', 'describe_ablation',
            'own_size', 'sizes_table', 'describe_sizes', 'with_part', 'addition_pairs', 'addition_gains',
            'additions_table', 'describe_additions', 'cold_slices', 'cold_table', 'describe_cold', 'popularity_models',
@@ -20,8 +20,8 @@ __all__ = ['L2REC', 'WITH_IDS', 'MODELS', 'TEXT_MODELS', 'CLASSES', 'PLANNED', '
            'describe_expert_use', 'fusion_gates', 'gate_slices', 'fusion_figure', 'describe_fusion', 'cost_of',
            'cost_table', 'describe_cost', 'search_rows', 'speed_table', 'text_table', 'describe_text', 'start_table',
            'describe_start', 'joined_before', 'or_with_fewer_users', 'part_helps', 'bpc_helps', 'relative_effect',
-           'over_best', 'better_where', 'over_model', 'over_floor', 'grows_with_sparsity', 'with_few_beats_all',
-           'trained_shares', 'qwen_share', 'routed_apart', 'balance_prevents_collapse']
+           'over_best', 'over_model', 'over_floor', 'grows_with_sparsity', 'with_few_beats_all', 'trained_shares',
+           'qwen_share', 'routed_apart', 'balance_prevents_collapse']
 
 # %% ../../nbs/reporting/05_dual_view.ipynb #c02
 import re
@@ -36,7 +36,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from ..evaluation.significance import bootstrap_mean, compare, holm, paired_bootstrap, seed_interval, slice_metrics
-from .claims import Claim, Effect, better
+from .claims import FEW_USERS, Claim, Effect, better
 from .click_through import beside, choices, doubtful, elsewhere, every_run, mean_of, parameter, split_name, untuned
 from .cold_start import gain_cell, record_file, renamed, signed, sorted_out, untestable, within
 from .figures import RC, direct_labels, model_styles, panels
@@ -538,7 +538,6 @@ def describe_additions(gains: pl.DataFrame) -> str:
 # %% ../../nbs/reporting/05_dual_view.ipynb #c42
 EDGES = {'history_length': (0, 5, 10, 20, 50), 'target_popularity': (0, 1, 5, 10, 20, 50)}
 SLICED = {'history_length': 'history', 'target_popularity': 'target in training'}
-FEW_USERS = 10
 
 def cold_slices(
     runs: Runs, # of `with_retrieval`
@@ -606,13 +605,14 @@ def popularity_table(
 ) -> Table:
     "Accuracy beside coverage, popularity of the lists, and accuracy by how often training met the target; ValueError without a model of texts."
     beyond, labels, rows, long = ('test/coverage@10', 'test/popularity_lift@10'), [f'{a}–{b - 1}' if b else f'≥ {a}' for a, b in zip(MET, (*MET[1:], None))], [], []
-    whole = summarise(within(runs, popularity_models(runs)), [MAIN, *beyond])
+    models = popularity_models(runs)
+    whole = summarise(within(runs, models), [MAIN, *beyond])
     for dataset in runs.datasets():
         tables = per_user_tables(runs, dataset)
-        ours = [m for m in popularity_models(runs) if m in tables and pieces(m)[0] in TEXT_MODELS]
+        ours = [m for m in models if m in tables and pieces(m)[0] in TEXT_MODELS]
         if not ours: continue
         inside = np.searchsorted(MET, tables[ours[0]][0].sort('user_id')['target_popularity'].to_numpy(), side='right') - 1    # of one training part: a floor that was refitted counts more
-        values = {m: np.mean([t.sort('user_id')[per_user_column(MAIN)].cast(pl.Float64).to_numpy() for t in tables[m]], axis=0) for m in popularity_models(runs) if m in tables}
+        values = {m: np.mean([t.sort('user_id')[per_user_column(MAIN)].cast(pl.Float64).to_numpy() for t in tables[m]], axis=0) for m in models if m in tables}
         for model in dual_order(values):
             own = {r['metric']: r for r in whole.filter(dataset=dataset, model=model).iter_rows(named=True)}
             parts = [float(values[model][inside == i].mean()) if (inside == i).any() else None for i in range(len(MET))]
@@ -1064,25 +1064,6 @@ def over_best(core: str) -> Callable[[Runs], list[Effect]]:
         return effects
     return measure
 
-def better_where(
-    model: str, other: str, # the claim: `model` ranks better than `other` (NDCG@10)
-    least: int = 0, below: float = np.inf, # where training met the target so often
-) -> Callable[[Runs], list[Effect]]:
-    "A measure: `better` among those test users."
-    def measure(runs: Runs) -> list[Effect]:
-        effects = []
-        for dataset in runs.datasets():
-            tables = per_user_tables(runs, dataset)
-            absent, users = [m for m in (model, other) if m not in tables], []
-            if not absent: users = tables[model][0].filter(pl.col('target_popularity') >= least, pl.col('target_popularity') < below)['user_id']
-            if absent or len(users) < FEW_USERS:
-                effects.append(Effect(dataset, None, reason=f"no record of {' and '.join(absent)}" if absent else f'{len(users)} users have such a target'))
-                continue
-            r = compare({m: [t.filter(pl.col('user_id').is_in(users.implode())) for t in tables[m]] for m in (model, other)}, other, per_user_column(MAIN), n=RESAMPLES).row(0, named=True)
-            effects.append(Effect(dataset, r['difference'], r['ci_low'], r['ci_high'], r['difference'] / r['reference_mean'] if r['reference_mean'] > 0 else None, r['n_users'], f'{len(tables[model])} against {len(tables[other])}'))
-        return effects
-    return measure
-
 def over_model(core: str, other: str) -> Callable[[Runs], list[Effect]]:
     "A measure: relative gain of `core` over `other`."
     def measure(runs: Runs) -> list[Effect]:
@@ -1194,9 +1175,9 @@ L2REC_CLAIMS = (
     *(Claim(f'l2rec-{short}-over-{other.replace("+", "-")}', 'this compendium', f'{what} rank better (NDCG@10) than {name_of(other)}.', 'P', 'dual_view', joined_before(better(core, other)))
       for short, what, core, others in (('apart-prior', 'Two views that answer apart, with the prior,', f'{L2REC}+fused-in-scores-prior', ('unisrec', 'unisrec+prior', 'learn+prior')),
                                         ('apart-words-prior', 'Two views that answer apart, with words and the prior,', f'{L2REC}+fused-in-scores-words-prior', ('unisrec', 'unisrec+prior', 'unisrec+words-prior'))) for other in others),
-    *(Claim(f'l2rec-{short}-rare-over-{other.replace("+", "-")}', 'this compendium', f'Where training met the target less than {MET[1]} times, {what} rank better (NDCG@10) than {name_of(other)}. (Seen in these records before it was a claim.)', 'P', 'dual_view', better_where(core, other, below=MET[1]))
+    *(Claim(f'l2rec-{short}-rare-over-{other.replace("+", "-")}', 'this compendium', f'Where training met the target less than {MET[1]} times, {what} rank better (NDCG@10) than {name_of(other)}. (Seen in these records before it was a claim.)', 'P', 'dual_view', better(core, other, met=(0, MET[1])))
       for short, what, core, other in _APART),
-    *(Claim(f'{other.replace("+", "-")}-popular-over-l2rec-{short}', 'this compendium', f'Where training met the target {MET[-1]} times or more, {name_of(other)} ranks better (NDCG@10) than {what}. (Seen in these records before it was a claim.)', 'P', 'dual_view', better_where(other, core, MET[-1]))
+    *(Claim(f'{other.replace("+", "-")}-popular-over-l2rec-{short}', 'this compendium', f'Where training met the target {MET[-1]} times or more, {name_of(other)} ranks better (NDCG@10) than {what}. (Seen in these records before it was a claim.)', 'P', 'dual_view', better(other, core, met=(MET[-1], np.inf)))
       for short, what, core, other in _APART),
     *(Claim(f'l2rec-{short}-gain-over-{other.replace("+", "-")}', _PAPER, f'{what} have an NDCG@10 more than {100 * PAPER_GAIN:.2f} % above that of {name_of(other)} (the effect is the relative gain; both have the same additions of ours).', 'S', 'dual_view', over_model(core, other), PAPER_GAIN)
       for short, what, core, other in (('apart-prior', 'Two views that answer apart, with the prior,', f'{L2REC}+fused-in-scores-prior', 'unisrec+prior'),
