@@ -38,8 +38,10 @@ class Retrieval(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} is not trained by gradients")
 
     def scores(self, batch: Batch) -> Tensor:
-        "Scores of the whole catalogue, Float[B, I]: encode(batch) @ catalogue().T"
-        return self.encode(batch) @ self.catalogue().T
+        "Scores of the whole catalogue, Float[B, I]: encode(batch) @ catalogue().T, in float32 (or float64) under autocast too."
+        users, items = self.encode(batch), self.catalogue()
+        kind = torch.promote_types(torch.promote_types(users.dtype, items.dtype), torch.float32)
+        with torch.autocast(users.device.type, enabled=False): return users.to(kind) @ items.to(kind).T
 
 # %% ../../nbs/training/01_contracts.ipynb #c07
 class Click(nn.Module):
