@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.nn.functional import dropout, normalize
+from torch.nn.functional import dropout
 
 from ..baselines.sasrec import Block, Packed
 from ..data.batches import Batch, padded
@@ -24,7 +24,7 @@ from ..data.splits import Split, training_counts
 from .backbone import is_causal, load_backbone, token_table
 from .dpmoe import DPMoEConfig, find_places
 from .fusion import AgingMean
-from .items import ItemHead, ItemTexts, beside_prior, cosine_softmax, inverse_temperature, learned_temperature, popularity_prior
+from .items import ItemHead, ItemTexts, beside_prior, cosine_softmax, inverse_temperature, learned_temperature, popularity_prior, unit
 from .model import L2Rec, optimiser_groups
 from .views import length_chunks, pool_view, semantic_input
 from ..training.contracts import Retrieval
@@ -61,7 +61,7 @@ class Tower(nn.Module):
         if not len(batch.history): return vectors.new_zeros(len(batch), vectors.shape[-1])
         hidden, packed = self(vectors, batch)
         some = (batch.length > 0).to(hidden.device)
-        return torch.where(some[:, None], normalize(hidden[packed.last.clamp(min=0)], dim=-1), 0.)
+        return torch.where(some[:, None], unit(hidden[packed.last.clamp(min=0)]), 0.)
 
 # %% ../../nbs/dual_view/09_comparators.ipynb #c07
 def answering(model: Retrieval, users: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class UniSRecLike(Retrieval):
 
     def encode(self, batch: Batch) -> Tensor: return answering(self, self.tower.newest(self.head.rows(batch.history), batch))
 
-    def catalogue(self) -> Tensor: return beside_prior(normalize(self.head.vectors(), dim=-1), self.prior)
+    def catalogue(self) -> Tensor: return beside_prior(unit(self.head.vectors()), self.prior)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         items = self.head.vectors()
@@ -145,7 +145,7 @@ class LEARNLike(UniSRecLike):
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         raw = self.head.vectors()
         hidden, _ = self.tower(raw[batch.history], batch)
-        users, following, prior = normalize(hidden, dim=-1) * inverse_temperature(self.log_temperature), normalize(raw, dim=-1)[batch.following], self.prior if self.prior_in_loss else None
+        users, following, prior = unit(hidden) * inverse_temperature(self.log_temperature), unit(raw)[batch.following], self.prior if self.prior_in_loss else None
         further = (users * (following - later_mean(following, batch.offsets, self.ahead))).sum(-1).mean()
         if prior is not None: further = further + (prior[batch.following] - later_mean(prior[batch.following, None], batch.offsets, self.ahead)[:, 0]).mean()
         value = cosine_softmax(hidden, raw, self.log_temperature, batch.following, self.trained, prior) + further
@@ -177,7 +177,7 @@ class TextEncoder(nn.Module):
         for rows in pieces:
             ids, mask = semantic_input(index[rows], torch.arange(len(rows) + 1, device=index.device), self.table, self.longest)
             hidden = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-            out.append(normalize(pool_view(hidden, mask, self.pooling, self.causal), dim=-1))
+            out.append(unit(pool_view(hidden, mask, self.pooling, self.causal)))
         return torch.cat(out)[torch.cat(pieces).argsort().to(index.device)]
 
 # %% ../../nbs/dual_view/09_comparators.ipynb #c22
@@ -267,7 +267,7 @@ class HLLMLike(HLLMLike):
 
     def encode(self, batch: Batch) -> Tensor: return answering(self, self.tower.newest(self.vectors()[batch.history], batch))
 
-    def catalogue(self) -> Tensor: return beside_prior(normalize(self.vectors(), dim=-1), self.prior)
+    def catalogue(self) -> Tensor: return beside_prior(unit(self.vectors()), self.prior)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         bought, place = torch.unique(torch.cat([batch.history, batch.following]), return_inverse=True)
@@ -281,8 +281,8 @@ class HLLMLike(HLLMLike):
         items = self.head.rows(index, torch.cat([raw.detach() + times * (raw - raw.detach()), self.memory[older]]))   # in the sum
         own = self.head.rows(bought, raw[:len(bought)])                                  # read and asked for
         hidden, _ = self.tower(own[history], batch)
-        users = normalize(hidden, dim=-1) * inverse_temperature(self.log_temperature)
-        swap = normalize(items[:len(bought)], dim=-1)[following] - normalize(own, dim=-1)[following]
+        users = unit(hidden) * inverse_temperature(self.log_temperature)
+        swap = unit(items[:len(bought)])[following] - unit(own)[following]
         value = cosine_softmax(hidden, items, self.log_temperature, following, prior=self.prior[index] if self.prior is not None and self.prior_in_loss else None) + (users * swap).sum(-1).mean()
         if self.training: self.memory[index[:len(raw)]], self.met[bought] = raw.detach(), True
         return value, {"contrastive": value.detach(), "candidates": torch.tensor(float(len(candidates)))}

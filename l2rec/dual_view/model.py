@@ -20,7 +20,7 @@ import peft
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import dropout, normalize, rms_norm
+from torch.nn.functional import dropout, rms_norm
 
 from ..data.batches import Batch, SequenceData, padded, window_index
 from ..data.dataset import DataError, Dataset, whole_folder
@@ -29,7 +29,7 @@ from ..data.splits import Split, training_counts
 from .backbone import is_causal, load_backbone, takes_pair_masks, token_table
 from .dpmoe import VIEWS, DPMoEConfig, Prefixes, Routes, find_places, width_of
 from .fusion import ACF, AgingMean
-from .items import ItemHead, ItemTexts, beside_prior, cosine_in_batch, cosine_softmax, inverse_temperature, learned_temperature, make_item_texts, popularity_prior
+from .items import ItemHead, ItemTexts, beside_prior, cosine_in_batch, cosine_softmax, inverse_temperature, learned_temperature, make_item_texts, popularity_prior, unit
 from .preference import bpc_loss
 from .router import SIGNALS, Router, one_of
 from .views import BehaviourProjector, amounts_before, behaviour_input, embedding_size, filled, item_prefixes, length_chunks
@@ -263,9 +263,9 @@ class L2Rec(L2Rec):
                     real: Tensor,          # Bool[S]
                     ) -> Tensor:
         "u without gradient, Float[S, D] of each prefix or Float[B, D] of whole histories; zeros for an empty one."
-        unit = (normalize(vectors.detach().float(), dim=-1) * vectors.shape[1] ** .5).masked_fill_(~real[:, None], 0)
-        rectangle, there = padded(unit, offsets)
-        mean = rectangle.cumsum(1) / torch.arange(1, there.shape[1] + 1, device=unit.device)[:, None]
+        directions = (unit(vectors.detach()) * vectors.shape[1] ** .5).masked_fill_(~real[:, None], 0)
+        rectangle, there = padded(directions, offsets)
+        mean = rectangle.cumsum(1) / torch.arange(1, there.shape[1] + 1, device=directions.device)[:, None]
         flat = mean[there]
         return flat if self.by_prefix else flat[offsets[1:] - 1]
 
@@ -335,7 +335,7 @@ class L2Rec(L2Rec):
 # %% ../../nbs/dual_view/08_model.ipynb #c26
 def _side_by_side(semantic: Tensor, behaviour: Tensor) -> Tensor:
     "Two vectors as one of length 1, whose products are means of the two cosines."
-    return torch.cat([normalize(semantic, dim=-1), normalize(behaviour, dim=-1)], -1) * .5 ** .5
+    return torch.cat([unit(semantic), unit(behaviour)], -1) * .5 ** .5
 
 
 class L2Rec(L2Rec):
@@ -392,13 +392,13 @@ class L2Rec(L2Rec):
     def encode(self, batch: Batch) -> Tensor:
         "User vectors of length 1, Float[B, D], or Float[B, 2D] with `fused_in='scores'`; with a prior the temperature, or the mean of both, in one column more. Without gradient."
         temperature = None if self.prior is None else torch.stack([1 / inverse_temperature(to.log_temperature) for to in (self, self.text_answer) if to is not None]).mean()
-        return beside_prior(normalize(self.represent(batch)["h"].float(), dim=-1), temperature)
+        return beside_prior(unit(self.represent(batch)["h"]), temperature)
 
     def catalogue(self) -> Tensor:
         "Item vectors of length 1, Float[I, D], or Float[I, 2D] with `fused_in='scores'`; with a prior that of each item in one column more."
         vectors = self.items.vectors()
         if self.text_answer is not None: vectors = _side_by_side(self.text_answer.items.vectors(), vectors)
-        return beside_prior(normalize(vectors.float(), dim=-1), self.prior)
+        return beside_prior(unit(vectors), self.prior)
 
 # %% ../../nbs/dual_view/08_model.ipynb #c38
 def optimiser_groups(model: Retrieval,
@@ -428,8 +428,8 @@ class L2Rec(L2Rec):
         at = out.get("at", slice(None))
         following, user = asked.following[at], asked.user[owner_of(asked.offsets, len(asked.history))[at]] if self.by_prefix else asked.user
         def retrieval(to, h, vectors):
-            if needed is None: return cosine_softmax(h.float(), vectors.float(), to.log_temperature, following, self.trained, self.prior if s.prior_in_loss else None)
-            return cosine_in_batch(h.float(), vectors[rows(following)].float(), to.log_temperature, following)
+            if needed is None: return cosine_softmax(h, vectors, to.log_temperature, following, self.trained, self.prior if s.prior_in_loss else None)
+            return cosine_in_batch(h, vectors[rows(following)], to.log_temperature, following)
         if self.text_answer is None: total = retrieval(self, out["h"], vectors)
         else: total = retrieval(self, out["answers"]["behaviour"], vectors) + retrieval(self.text_answer, out["answers"]["semantic"], text_vectors)
         parts = {"contrastive": total}
