@@ -51,6 +51,16 @@ def test_shapes_and_finite_values(name, split):
 
 
 @models
+def test_half_precision_ends_before_the_scores(name, split):
+    "Users and items may come out of bfloat16 layers; their product is float32, so that a catalogue does not fall into a few hundred scores."
+    model, batch = make(name, split), Targets(split, "test", 5)[np.arange(9)]
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad(): user, items, scores = model.encode(batch), model.catalogue(), model.scores(batch)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, (user.double() @ items.double().T).float(), rtol=1e-4, atol=1e-5)
+    if name in READERS: torch.testing.assert_close(items.double().norm(dim=1), torch.ones(len(items), dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+@models
 def test_a_user_scores_alone_as_in_company(name, split):
     model, units = make(name, split), Targets(split, "test", 5)
     together = model.scores(units[np.arange(len(units))])

@@ -143,6 +143,23 @@ def test_collected_provenance_is_complete_and_json(checkout):
     assert found['threads'] >= 1 and found['peak_memory_mb'] > 10 and found['wall_seconds'] > 0 and found['device']
 
 
+def test_a_run_that_touched_a_gpu_was_on_it(checkout, monkeypatch):
+    import torch
+    assert p.device_in_use() == 'cpu' and p.collect_provenance({}, None, root=checkout)['peak_device_memory_mb'] is None
+    monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'NVIDIA H200')
+    monkeypatch.setattr(torch.cuda, 'max_memory_allocated', lambda device: 3 * 2**20)
+    found = p.collect_provenance({}, None, root=checkout)
+    assert (found['device'], found['peak_device_memory_mb']) == ('NVIDIA H200', 3.)
+    assert p.collect_provenance({}, None, device='cpu', root=checkout)['device'] == p.device_name('cpu') != 'NVIDIA H200'
+
+
+def test_a_processor_with_matrix_units_says_so(monkeypatch):
+    for flags, said in (('fpu amx_bf16 avx', 'Made Up with AMX'), ('fpu amx_bf161 avx', 'Made Up')):
+        monkeypatch.setattr(p.Path, 'read_text', lambda path: f'processor\t: 0\nmodel name\t: Made Up\nflags\t\t: {flags}\n')
+        assert p.device_name() == said
+
+
 def test_no_torch_is_imported():
     code = 'import sys, l2rec.training.provenance, l2rec.training.records, l2rec.training.plan; sys.exit("torch" in sys.modules or "papermill" in sys.modules)'
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0

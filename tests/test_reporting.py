@@ -246,6 +246,23 @@ def test_search_and_efficiency(tmp_path):
     assert 'The budgets differ' in tables.describe_search(unequal) and len(unequal.rows) == 3
     efficiency = tables.efficiency_table(tables.read_experiment(tmp_path, 'demo', 'efficiency', per_user=False))
     assert efficiency.rows[0] == ('full-ranking', 'made-up-films', '×', '1.21', '1', 'ranking every test user / the bare matrix product and top-k')
+    assert 'full-ranking on made-up-films 1.21 ×' in tables.describe_efficiency(efficiency)
+
+def test_two_machines_have_no_mean_of_their_ratios(tmp_path):
+    "A row for each, whatever seeds each of them measured; one machine's seeds are averaged."
+    for seed, (device, ratio) in enumerate((('Plain', 2.), ('Plain with AMX', 4.), ('Plain', 3.))):
+        write_record(record_path(tmp_path, 'demo', 'efficiency', 'made-up-films', 'sasrec', '', seed), {'ratio/step': ratio, 'seconds/step': .5 + seed, 'gflops/ceiling': 100. + seed},
+                     provenance={'seed': seed, 'device': device, 'threads': 2, 'notes': {'ratio/step': f'said by {seed}'}})
+    runs = tables.read_experiment(tmp_path, 'demo', 'efficiency', per_user=False)
+    table = tables.efficiency_table(runs, more={'gflops': 'GFLOP/s'})
+    assert [c[1] for c in table.columns] == ['measure', 'dataset', 'machine', 'unit', 'value', 'runs', 'what is divided by what']
+    assert [r[:6] for r in table.rows] == [(what, 'made-up-films', f'Plain{amx}, 2 threads', unit, value, n) for what, unit, values in (('step', '×', ('4.00', '2.50')), ('step', 's', ('1.50', '1.50')), ('ceiling', 'GFLOP/s', ('101', '101')))
+                                           for amx, value, n in ((' with AMX', values[0], '1'), ('', values[1], '2'))]
+    assert [r[6] for r in table.rows] == ['said by 1', 'said by 0', '', '', '', '']
+    assert table.long.columns == list(tables.LONG) and not table.long.select('dataset', 'model', 'metric').is_duplicated().any() and table.long['model'][0] == 'sasrec on Plain with AMX, 2 threads'
+    assert tables.describe_efficiency(table) == '- **Plain with AMX, 2 threads**: step on made-up-films 4.00 ×.\n- **Plain, 2 threads**: step on made-up-films 2.50 ×.'
+    only_one = tables.efficiency_table(runs.without('made-up-films', 'sasrec', 1))
+    assert 'machine' not in [c[1] for c in only_one.columns] and only_one.rows[0][3:5] == ('2.50', '2') and only_one.long['model'][0] == 'sasrec'
 
 # ---- claims
 

@@ -953,13 +953,8 @@ def speed_table(
     name: str = 'expert-efficiency',
 ) -> Table:
     "`efficiency_table` with rows for tokens a second, GFLOP/s, shares and counts."
-    table = efficiency_table(runs, name)
-    kind = pl.col('metric').str.split('/').list.first()
-    more = runs.metrics.filter(kind.is_in(list(UNITS))).group_by('dataset', 'model', 'metric', maintain_order=True).agg(pl.col('value').mean().alias('mean'), pl.col('value').std(ddof=1).alias('std'), pl.col('seed').n_unique().cast(pl.Int64).alias('n_seeds'),
-        pl.lit(None, pl.Float64).alias('ci_low'), pl.lit(None, pl.Float64).alias('ci_high')).sort('metric', 'dataset')
-    def notes(r): return runs.records[next(k for k in runs.keys() if k[:2] == (r['dataset'], r['model']))].provenance.get('notes') or {}
-    rows = [(r['metric'].partition('/')[2] or 'training step', r['dataset'], UNITS[r['metric'].split('/')[0]], number(r['mean'], 3), str(r['n_seeds']), str(notes(r).get(r['metric'], ''))) for r in more.iter_rows(named=True)]
-    return replace(table, long=pl.concat([table.long.select(list(LONG)), more.cast(LONG)]), rows=(*table.rows, *rows), caption=table.caption + ' Below them, work done in a second, shares and counts.')
+    table = efficiency_table(runs, name, UNITS)
+    return replace(table, caption=table.caption + ' Below them, work done in a second, shares and counts.')
 
 # %% ../../nbs/reporting/05_dual_view.ipynb #c71
 def text_table(

@@ -8,8 +8,8 @@ __all__ = ['FLOORS', 'EXAMPLE_STRENGTH', 'RESAMPLES', 'LONG', 'KS', 'SEEN', 'is_
            'read_experiment', 'missing_runs', 'missing_note', 'training_seconds', 'per_user_column', 'per_user_tables',
            'user_values', 'summarise', 'against_best', 'to_latex', 'Table', 'latex', 'write_whole', 'write_table',
            'summary_cell', 'seed_counts', 'grid_table', 'retrieval_table', 'beyond_accuracy_table', 'slice_edges',
-           'slices', 'slices_table', 'best_parameters', 'search_table', 'efficiency_table', 'listed', 'floors_above',
-           'describe_retrieval', 'describe_seen_kept', 'describe_beyond_accuracy', 'describe_search',
+           'slices', 'slices_table', 'best_parameters', 'search_table', 'machine_of', 'efficiency_table', 'listed',
+           'floors_above', 'describe_retrieval', 'describe_seen_kept', 'describe_beyond_accuracy', 'describe_search',
            'describe_efficiency']
 
 # %% ../../nbs/reporting/00_tables.ipynb #c02
@@ -17,7 +17,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -518,25 +518,35 @@ def search_table(
     return Table(name, table, heads, tuple(rows), caption)
 
 # %% ../../nbs/reporting/00_tables.ipynb #c68
+def machine_of(record: Record) -> str:
+    "Device and threads of a record, as far as its provenance tells."
+    device, threads = record.provenance.get('device') or 'unknown machine', record.provenance.get('threads')
+    return device if threads is None else f'{device}, {threads} thread' + 's' * (threads != 1)
+
 def efficiency_table(
     runs: Runs, # of the experiment 'efficiency'
     name: str = 'efficiency',
+    more: Mapping[str, str] | None = None, # further kinds of metrics (what stands before the slash) with their units
 ) -> Table:
-    "Every ratio with what it divides, then the seconds it came from."
-    notes = {(key[0], key[1]): runs.records[key].provenance.get('notes') or {} for key in runs.keys()}
-    found = runs.metrics.filter(pl.col('metric').str.contains(r'^(ratio|seconds)/')).sort('seed').group_by('dataset', 'model', 'metric', maintain_order=True).agg(
+    "Every ratio with what it divides, then the seconds it came from, then what else is asked for; a row for each machine where there are several."
+    units = {'ratio': '×', 'seconds': 's', **(more or {})}
+    machines = {key: machine_of(runs.records[key]) for key in runs.keys()}
+    where = pl.DataFrame([(*key, m) for key, m in machines.items()], orient='row', schema={**{c: runs.metrics.schema[c] for c in ('dataset', 'model', 'seed')}, 'machine': pl.String})
+    kind = pl.col('metric').str.split('/').list.first()
+    found = runs.metrics.join(where, on=['dataset', 'model', 'seed']).filter(kind.is_in(list(units))).sort('seed').group_by('dataset', 'model', 'machine', 'metric', maintain_order=True).agg(
         pl.col('value').mean().alias('mean'), pl.col('value').std(ddof=1).alias('std'), pl.col('seed').n_unique().cast(pl.Int64).alias('n_seeds')).sort(
-        pl.col('metric').str.starts_with('seconds/'), 'dataset', 'metric', 'model')
-    if found.is_empty():
+        pl.when(kind == 'ratio').then(0).when(kind == 'seconds').then(1).otherwise(2), 'dataset', 'metric', 'model', 'machine')
+    if not found['metric'].str.contains('^(ratio|seconds)/').any():
         raise ValueError(f"{runs.experiment}: no 'ratio/...' or 'seconds/...' in the records of profile {runs.profile}; run `make reproduce PROFILE={runs.profile}`")
-    rows = []
+    rows, several = [], len(set(machines.values())) > 1
     for r in found.iter_rows(named=True):
-        kind, _, what = r['metric'].partition('/')
-        own = notes[r['dataset'], r['model']]
-        said = own.get(r['metric'], own.get(what, '')) if kind == 'ratio' else own.get(r['metric'], '')
-        rows.append((what, r['dataset'], '×' if kind == 'ratio' else 's', number(r['mean'], 2 if kind == 'ratio' else 4), str(r['n_seeds']), str(said)))
-    long = found.with_columns(pl.lit(None, pl.Float64).alias('ci_low'), pl.lit(None, pl.Float64).alias('ci_high'))
-    heads = (('', 'measure'), ('', 'dataset'), ('', 'unit'), ('', 'value'), ('', 'runs'), ('', 'what is divided by what'))
+        kind_of, _, what = r['metric'].partition('/')
+        own = runs.records[next(k for k in runs.keys() if k[:2] == (r['dataset'], r['model']) and machines[k] == r['machine'])].provenance.get('notes') or {}
+        said = own.get(r['metric'], own.get(what, '') if kind_of == 'ratio' else '')
+        rows.append((what or 'training step', r['dataset'], *([r['machine']] * several), units[kind_of], number(r['mean'], {'ratio': 2, 'seconds': 4}.get(kind_of, 3)), str(r['n_seeds']), str(said)))
+    model = pl.format('{} on {}', 'model', 'machine') if several else pl.col('model')
+    long = found.with_columns(model.alias('model'), pl.lit(None, pl.Float64).alias('ci_low'), pl.lit(None, pl.Float64).alias('ci_high')).select(list(LONG))
+    heads = (('', 'measure'), ('', 'dataset'), *([('', 'machine')] * several), ('', 'unit'), ('', 'value'), ('', 'runs'), ('', 'what is divided by what'))
     return Table(name, long, heads, tuple(rows), 'Ratios of times (×), both sides of each measured in turn in one run on one machine, then the times themselves (s).')
 
 # %% ../../nbs/reporting/00_tables.ipynb #c71
@@ -623,6 +633,10 @@ def describe_search(table: Table) -> str:
     return text
 
 def describe_efficiency(table: Table) -> str:
-    "Markdown: the ratios in one sentence."
-    ratios = [(f'{row[0]} on {row[1]}', row[3]) for row in table.rows if row[2] == '×']
-    return f"Measured ratios: {listed(f'{name} {value} ×' for name, value in ratios)}." if ratios else 'The records hold times, but no ratio.'
+    "Markdown: the ratios, a sentence for each machine."
+    place = {label: i for i, (_, label) in enumerate(table.columns)}
+    ratios = [row for row in table.rows if row[place['unit']] == '×']
+    if not ratios: return 'The records hold times, but no ratio.'
+    def sentence(rows): return listed(f"{row[0]} on {row[1]} {row[place['value']]} ×" for row in rows)
+    if 'machine' not in place: return f'Measured ratios: {sentence(ratios)}.'
+    return '\n'.join(f'- **{machine}**: {sentence([row for row in ratios if row[place["machine"]] == machine])}.' for machine in dict.fromkeys(row[place['machine']] for row in ratios))
