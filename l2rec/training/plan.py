@@ -650,17 +650,18 @@ def accept(
     name: str, # part of the keys of the runs that are meant: 'retrieval/ml-1m', or '' for all
     why: str | None, # why the change leaves their numbers alone
 ) -> list[str]: # keys of the accepted runs
-    "Take the records whose code alone changed as today's, stating why in their provenance. PlanError without a reason."
+    "Take the records whose code or notebook changed, and nothing else, as today's, stating why in their provenance. PlanError without a reason."
     if not why or len(why) < 20: raise PlanError('accept: say why the change cannot move the numbers, in a sentence: --why "..."')
     accepted = []
     for run in work.plan.runs:
         folder, now = run.folder(work.results), work.fingerprint(run)
-        if name not in run.key or why_stale(now, folder) != 'its code changed': continue
+        if name not in run.key or why_stale(now, folder) not in ('its code changed', 'its notebook changed'): continue
         provenance = json.loads((folder / 'provenance.json').read_text())
         then = provenance['fingerprint']
-        if why_stale({**now, 'code': then['code']}, folder): continue
-        note = dict(why=why, on=time.strftime('%Y-%m-%d'), code_was=then['code'])
-        keep(folder / 'provenance.json', as_json({**provenance, 'fingerprint': {**then, 'code': now['code']}, 'accepted': [*provenance.get('accepted', []), note]}))
+        was = {part: then[part] for part in ('code', 'notebook') if then[part] != now[part]}
+        if why_stale({**now, **was}, folder): continue
+        note = dict(why=why, on=time.strftime('%Y-%m-%d'), **{f'{part}_was': digest for part, digest in was.items()})
+        keep(folder / 'provenance.json', as_json({**provenance, 'fingerprint': {**then, **{part: now[part] for part in was}}, 'accepted': [*provenance.get('accepted', []), note]}))
         accepted.append(run.key)
     return accepted
 
@@ -673,7 +674,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument('--profile', default='demo', help='profile of nbs/experiments/plan.toml (default: demo)')
     parser.add_argument('--results', default='results', help='results folder (default: results)')
     parser.add_argument('--want', help='make: a table-<name> or figure-<name> that must exist')
-    parser.add_argument('--why', help='accept: why a change of code cannot have moved the numbers')
+    parser.add_argument('--why', help='accept: why a change of code or notebook cannot have moved the numbers')
     parser.add_argument('--without-needs', action='store_true', help='run: do without the runs that it needs; the notebook takes its defaults')
     return parser
 
