@@ -650,18 +650,20 @@ def accept(
     name: str, # part of the keys of the runs that are meant: 'retrieval/ml-1m', or '' for all
     why: str | None, # why the change leaves their numbers alone
 ) -> list[str]: # keys of the accepted runs
-    "Take the records whose code or notebook changed, and nothing else, as today's, stating why in their provenance. PlanError without a reason."
+    "Take the records of which nothing but code, notebook and parameters left at a new default changed as today's, stating why in their provenance. PlanError without a reason."
     if not why or len(why) < 20: raise PlanError('accept: say why the change cannot move the numbers, in a sentence: --why "..."')
     accepted = []
     for run in work.plan.runs:
         folder, now = run.folder(work.results), work.fingerprint(run)
-        if name not in run.key or why_stale(now, folder) not in ('its code changed', 'its notebook changed'): continue
-        provenance = json.loads((folder / 'provenance.json').read_text())
-        then = provenance['fingerprint']
+        provenance = read_json(folder / 'provenance.json') or {}
+        then = provenance.get('fingerprint')
+        if name not in run.key or not then or not why_stale(now, folder): continue
         was = {part: then[part] for part in ('code', 'notebook') if then[part] != now[part]}
-        if why_stale({**now, **was}, folder): continue
-        note = dict(why=why, on=time.strftime('%Y-%m-%d'), **{f'{part}_was': digest for part, digest in was.items()})
-        keep(folder / 'provenance.json', as_json({**provenance, 'fingerprint': {**then, **{part: now[part] for part in was}}, 'accepted': [*provenance.get('accepted', []), note]}))
+        new = {parameter: value for parameter, value in now['parameters'].items() if parameter not in then['parameters'] and parameter not in run.parameters}
+        if why_stale({**now, **was, 'parameters': {k: v for k, v in now['parameters'].items() if k not in new}}, folder): continue
+        note = dict(why=why, on=time.strftime('%Y-%m-%d'), **{f'{part}_was': digest for part, digest in was.items()}, **({'new_parameters': new} if new else {}))
+        today = {**then, **{part: now[part] for part in was}, 'parameters': {**then['parameters'], **new}}
+        keep(folder / 'provenance.json', as_json({**provenance, 'fingerprint': today, 'accepted': [*provenance.get('accepted', []), note]}))
         accepted.append(run.key)
     return accepted
 
