@@ -224,6 +224,7 @@ def test_what_is_given_to_all_against_the_same_model_without(runs):
     assert [s.split(':')[0] for s in said] == [f'- **{d}**, {what}' for d in runs.datasets() for what in ('the aging mean', "the texts' words", 'the prior of popularity')] and said[1].count('L2Rec') == said[1].count('UniSRec-like') == 1
     assert '**harm**' not in said[1] and dual_view.describe_additions(words.with_columns(mean=-.01, ci_low=-.02, ci_high=-.005)).startswith(f"- **{BOOKS}**, the texts' words: **harm** to L2Rec -.0100")
     with pytest.raises(ValueError, match='unisrec.no-residual and unisrec'): dual_view.additions_table(dual_view.within(runs, ['l2rec', 'unisrec+words']))
+    assert dual_view.name_of('unisrec+ids-words-prior') == 'UniSRec-like with ids (with words, with the prior)' and dual_view.name_of('learn+no-residual') == 'LEARN-like (no aging mean)'
     assert dual_view.told_part('fused-in-scores-words') == 'views fused in their scores, with words' and dual_view.told_part('fused-in-scores-words-prior') == 'views fused in their scores, with words, with the prior' and dual_view.told_part('fused-in-scores-prior-in-loss') == 'views fused in their scores, with the prior in the loss too'
 
 def test_accuracy_by_how_often_training_met_the_target(runs):
