@@ -41,6 +41,7 @@ class Model(nn.Module):
 
     def represent(self, batch):
         assert not self.training and not torch.is_grad_enabled()
+        self.autocast = torch.is_autocast_enabled("cpu")
         self.lengths += batch.length.tolist()
         gamma = (batch.user.float() / 100)[:, None] + torch.tensor([[-0.1, 0.1]])
         return {"gamma": gamma, "routes": {v: Routes(batch.user, k) for k, v in enumerate(self.views)}}
@@ -55,6 +56,13 @@ def test_users_come_in_order_whatever_the_batches(batch_size):
         by_hand = Routes(torch.arange(40), k)
         assert np.array_equal(routes.gates[view], torch.stack(by_hand.gates, 1).numpy()) and np.array_equal(routes.chosen[view], torch.stack(by_hand.chosen, 1).numpy())
     assert routes.gamma == pytest.approx(np.arange(40) / 100, abs=1e-6)
+
+
+@pytest.mark.parametrize("precision, autocast", [(None, False), ("bf16-mixed", True)])
+def test_routes_are_found_in_the_precision_of_training(precision, autocast):
+    model = Model()
+    expert_files(model, WORLD.dataset, SPLIT, shuffles=9, precision=precision)
+    assert model.autocast == autocast
 
 
 def test_the_length_of_histories_can_be_given():

@@ -576,7 +576,7 @@ def test_histories_longer_than_the_position_table(split, tmp_path, reading):
                                             (dict(fused_in="text"), "fused_in.*'text'"),
                                             (dict(targets="all"), "targets 'all'"), (dict(adapter="loar"), "did you mean 'lora'"), (dict(views=("semantics",)), "did you mean 'semantic'"), (dict(views=()), "views"),
                                             (dict(fusion="sum"), "fusion mode 'sum'"), (dict(top_n=9), "top_n=9"), (dict(dropout=1.), "dropout=1.0"), (dict(text_dropout=1.), "text_dropout=1.0"), (dict(temperature=0.), "temperature=0.0"),
-                                            (dict(routing="rando"), "did you mean 'random'"), (dict(attention="flash"), "attention='flash'"), (dict(chunk_tokens=0), "chunk_tokens=0"), (dict(layers=[7]), "layers"),
+                                            (dict(routing="rando"), "did you mean 'random'"), (dict(attention="flash"), "attention='flash'"), (dict(dtype="bfloat"), "did you mean 'bfloat16'"), (dict(chunk_tokens=0), "chunk_tokens=0"), (dict(layers=[7]), "layers"),
                                             (dict(place_dropout=1.), "place_dropout=1.0"), (dict(token_dropout=1.), "token_dropout=1.0"), (dict(reading="prefix"), "did you mean 'prefixes'"), (dict(order="newest"), "order='newest': prefixes begin with the oldest item; .* reading='whole'"),
                                             (dict(pooling="cls"), "pooling 'cls': one of auto, newest, mean, last"), (dict(behaviour_pooling="cls"), "behaviour_pooling 'cls': one of")])
 def test_settings_out_of_range(split, folders, wrong, message):

@@ -334,22 +334,23 @@ def test_checkpointing_with_dropout_changes_nothing(split, folders, adapter):
 
 
 @KINDS
-@pytest.mark.parametrize("how", ["weights", "autocast"])
-def test_a_bfloat16_backbone(split, folders, kind, how):
-    model, batch = make(split, folders, kind, **ROOM), windows()[0]
-    exact = model.loss(batch)[0]
-    wanted = dict(zip((name for name, p in model.named_parameters() if p.requires_grad), torch.autograd.grad(exact, [p for p in model.parameters() if p.requires_grad])))
-    if how == "weights":
-        for p in model.backbone.parameters():
-            if not p.requires_grad: p.data = p.data.bfloat16()
-    with torch.autocast("cpu", torch.bfloat16): value, _ = model.loss(batch)
-    value.backward()
-    assert value.dtype == torch.float32 and value.item() == pytest.approx(exact.item(), rel=.05)
-    for name, p in model.named_parameters():
-        if p.requires_grad: assert p.grad.dtype == p.dtype and p.grad.isfinite().all(), name
-    cosine = lambda names: torch.cosine_similarity(*(torch.cat([x.flatten() for x in some]) for some in ([dict(model.named_parameters())[n].grad for n in names], [wanted[n] for n in names])), 0)
-    for part in ("dpmoe_A", "dpmoe_B", "projector", "items.linear"): assert cosine([n for n in wanted if part in n]) > .9, part
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16): assert model.eval().encode(batch).isfinite().all()
+@pytest.mark.parametrize("reading", ["prefixes", "whole"])
+@pytest.mark.parametrize("dtype, autocast", [("bfloat16", True), ("bfloat16", False), ("float32", True)])
+def test_a_bfloat16_backbone(split, folders, kind, reading, dtype, autocast):
+    """Whether the weights are held in bfloat16, the products are computed in it, or both: about the same loss and gradients; what is trained is float32."""
+    exact, low = (make(split, folders, kind, dtype=held, reading=reading, **ROOM) for held in ("float32", dtype))
+    batch, wanted, found = windows()[0], {}, {}
+    for model, got, cast in ((exact, wanted, False), (low, found, autocast)):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast): got["loss"] = model.loss(batch)[0]
+        got["loss"].backward()
+        got.update((name, p.grad) for name, p in model.named_parameters() if p.requires_grad)
+    assert low.frozen_dtype == getattr(torch, dtype) and {p.dtype for p in low.parameters() if p.requires_grad} == {torch.float32}
+    assert found["loss"].dtype == torch.float32 and found["loss"].item() == pytest.approx(wanted["loss"].item(), rel=.05)
+    assert found.keys() == wanted.keys() and all(g.isfinite().all() for g in found.values() if g is not None)
+    for part in ("dpmoe_A", "dpmoe_B", "projector", "items.linear"):
+        assert torch.cosine_similarity(*(torch.cat([g[n].flatten() for n in wanted if part in n]) for g in (found, wanted)), 0) > .9, part
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast): assert low.eval().encode(batch).isfinite().all()
 
 
 # --- what is refused, what is kept ------------------------------------------------------------------------------------------

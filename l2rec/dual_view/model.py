@@ -148,7 +148,7 @@ class L2Rec(Retrieval):
             for name in ("pooling", "behaviour_pooling"): one_of(getattr(s, name), ("auto", "newest", "mean", "last"), name)
         for name in ("dropout", "place_dropout", "text_dropout", "token_dropout"):
             if not 0 <= getattr(s, name) < 1: raise ValueError(f"{name}={getattr(s, name)}: at least 0 and below 1")
-        backbone, tokenizer = load_backbone(s.encoder, s.blocks, attention=s.attention)
+        backbone, tokenizer = load_backbone(s.encoder, s.blocks, getattr(torch, one_of(s.dtype, ("float32", "bfloat16"), "dtype")), s.attention)
         positions = getattr(backbone.config, "max_position_embeddings", None) or 1 << 30
         if s.max_tokens > positions: raise ValueError(f"max_tokens={s.max_tokens}: the backbone has {positions} positions")
         self.settings, self.source, self.places, self.causal = s, source, min(s.max_length, positions), is_causal(backbone)
@@ -225,6 +225,7 @@ class L2Rec(L2Rec):
                    behaviour_pooling: str = "newest",   # the place of the newest item (the last place of a causal backbone), or as in `pool_view`
                    order: str = "oldest",               # see `semantic_input`
                    attention: str = "eager",            # or "sdpa"
+                   dtype: str = "float32",              # of the frozen weights and of what goes from block to block; or "bfloat16"
                    checkpointing: bool = False,         # compute blocks twice, hold less
                    chunk_tokens: int | None = None,     # of one piece that passes the backbone; None: on a CPU 1,024 of text or 128 places, 32,768 on an accelerator
                    ) -> "L2Rec":
@@ -269,6 +270,9 @@ class L2Rec(L2Rec):
         flat = mean[there]
         return flat if self.by_prefix else flat[offsets[1:] - 1]
 
+    @property
+    def frozen_dtype(self) -> torch.dtype: return next(p.dtype for p in self.backbone.parameters() if not p.requires_grad)
+
     def _through(self, view: str, length: Tensor, make):
         "(rows Int[K] ascending, pooled Float[K, d], routes): histories in pieces of like length; `make(histories)` gives a piece's inputs, what `view` takes, how to pool, and the rows that come out."
         size = self.settings.chunk_tokens or ((1024 if view == "semantic" else 128) if length.device.type == "cpu" else 32_768)
@@ -289,8 +293,7 @@ class L2Rec(L2Rec):
         return {**inputs, "attention_mask": attended.long()}, {"user": user[rows], "mask": attended}, lambda hidden: pool_view(hidden, mask, pooling, self.causal), rows
 
     def _prefixes(self, inputs: dict, prefixes: Prefixes, user: Tensor, pooling: str, rows: Tensor):
-        dtype = next(p.dtype for p in self.backbone.parameters() if not p.requires_grad)
-        visible = prefixes.visible(self.causal)
+        visible, dtype = prefixes.visible(self.causal), self.frozen_dtype
         mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
         pool = {"auto": prefixes.newest if self.causal else prefixes.own, "newest": prefixes.own, "mean": prefixes.mean, "last": prefixes.newest}[pooling]
         return {**inputs, "attention_mask": mask}, {"user": user[rows], "prefixes": prefixes}, pool, rows
@@ -319,7 +322,7 @@ class L2Rec(L2Rec):
     def read_items(self, vectors: Tensor, offsets: Tensor, real: Tensor, user: Tensor):
         "The behaviour view, likewise; vectors Float[S, D] of slots."
         s = self.settings
-        places = dropout(self.projector(vectors), s.place_dropout, self.training) * real[:, None]
+        places = (dropout(self.projector(vectors), s.place_dropout, self.training) * real[:, None]).to(self.frozen_dtype)
 
         def make(histories):
             at, cut = window_index(offsets[histories], offsets[histories + 1])

@@ -8,7 +8,9 @@ __all__ = ['bpc_loss']
 # %% ../../nbs/dual_view/07_preference.ipynb #c02
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy
+
+from .items import unit
 
 # %% ../../nbs/dual_view/07_preference.ipynb #c05
 def bpc_loss(semantic: Tensor,           # Float[B, D], h_s
@@ -18,7 +20,7 @@ def bpc_loss(semantic: Tensor,           # Float[B, D], h_s
              ) -> Tensor:
     "Symmetric InfoNCE between two views of the same users, in nats, a scalar. A batch of one gives 0."
     if not temperature > 0: raise ValueError(f"temperature={temperature}: above 0")
-    logits = normalize(semantic.float(), dim=-1) @ normalize(behaviour.float(), dim=-1).T / temperature      # [B, B]
+    logits = unit(semantic) @ unit(behaviour).T / temperature      # [B, B]
     own = torch.arange(len(logits), device=logits.device)
     if user is not None:
         same = user[:, None] == user[None, :]
