@@ -24,7 +24,7 @@ __all__ = ['HISAM', 'MODELS', 'RIVALS', 'FLOORS', 'PARTS', 'SIZES', 'EXAMPLE_SKI
            'cost_table', 'describe_cost', 'latency_curves', 'panel_name', 'latency_figure', 'series_labels',
            'describe_latency', 'choices', 'click_search_table', 'describe_click_search', 'pairs', 'beats',
            'gains_more_when_cold', 'frozen', 'every_run', 'lowest_shared_use', 'fewest_collisions', 'told_apart',
-           'elsewhere', 'time_saved']
+           'elsewhere', 'over_rounds', 'time_saved']
 
 # %% ../../nbs/reporting/04_click_through.ipynb #c02
 import json
@@ -42,7 +42,7 @@ from ..evaluation.significance import check_same_users, holm, seed_interval, see
 from .claims import Claim, Effect
 from .cold_start import PAIRED, gain_cell, influences, long_rows, over_users_and_seeds, record_file, renamed, said_choice, signed, sorted_out, untestable, within
 from .figures import RC, direct_labels, panels
-from .tables import LONG, MissingRecords, Runs, Table, bracket, brief, listed, missing_note, named, number, read_experiment, training_seconds
+from .tables import LONG, MissingRecords, Runs, Table, bracket, brief, listed, machine_of, missing_note, named, number, read_experiment, training_seconds
 from ..training.records import record_path, write_record
 
 # %% ../../nbs/reporting/04_click_through.ipynb #c05
@@ -1356,16 +1356,25 @@ def elsewhere(experiment: str, measure: Callable[[Runs], list[Effect]]) -> Calla
 
 LATENCY = 'latency-all-tokens'
 
-def time_saved(name: str = LATENCY) -> Callable[[Runs], list[Effect]]:
-    "A measure: one minus the inverse of a ratio of times, with a t interval over the rounds in history.csv (columns ratio, round, value)."
+def over_rounds(name: str, value: Callable[[float], float] = float) -> Callable[[Runs], list[Effect]]:
+    "A measure: a ratio of times, or what `value` makes of it, on each machine that measured it, with a t interval over its rounds in history.csv (columns ratio, round, value)."
     def measure(runs: Runs) -> list[Effect]:
         effects = []
         for dataset in runs.datasets():
-            rounds = [1 - 1 / v for k in runs.keys() if k[0] == dataset for t in [runs.records[k].history()] if {'ratio', 'value'} <= set(t.columns) for v in t.filter(ratio=name)['value'] if v > 0]
-            if len(rounds) < 2: effects.append(Effect(dataset, None, reason=f'fewer than two rounds of {name} in history.csv'))
-            else: effects.append(Effect(dataset, *seed_interval(rounds), None, 0, f'{len(rounds)} rounds'))
+            rounds = {}
+            for record in (runs.records[k] for k in runs.keys() if k[0] == dataset):
+                table = record.history()
+                here = table.filter(pl.col('value') > 0, ratio=name)['value'] if {'ratio', 'value'} <= set(table.columns) else []
+                rounds.setdefault(machine_of(record), []).extend(map(value, here))
+            for machine, own in rounds.items():
+                if len(own) < 2: effects.append(Effect(dataset, None, reason=f'fewer than two rounds of {name} in history.csv'))
+                else: effects.append(Effect(dataset, *seed_interval(own), None, 0, f'{len(own)} rounds' + (f', {machine}' if len(rounds) > 1 else '')))
         return effects
     return measure
+
+def time_saved(name: str = LATENCY) -> Callable[[Runs], list[Effect]]:
+    "A measure: one minus the inverse of a ratio of times, see `over_rounds`."
+    return over_rounds(name, lambda ratio: 1 - 1 / ratio)
 
 # %% ../../nbs/reporting/04_click_through.ipynb #c94
 _PAPER = 'Hi-SAM, KDD 2026'
