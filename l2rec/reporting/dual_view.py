@@ -458,7 +458,7 @@ def sizes_table(runs: Runs, name: str = 'dual-view-sizes', gains: pl.DataFrame |
     "L2Rec with other numbers of experts, ranks and Top-N; ValueError when there is none."
     sized = [m for m in models_of(runs) if pieces(m)[0] == L2REC and amount_of(m)]
     if not sized: raise ValueError(f'no run of {runs.experiment} has another size (such as {L2REC}+experts-2, {L2REC}+rank-4 or {L2REC}+top-1)')
-    gains, cores = l2rec_minus(runs, sized) if gains is None else gains, [c for c in (L2REC, WITH_IDS) if c in models_of(runs)]
+    gains, cores = l2rec_minus(runs, sized) if gains is None else gains, [c for c in dual_order({core_of(m) for m in sized}) if c in models_of(runs)]
     long, rows = summarise(within(runs, [*cores, *sized]), METRICS), []
     level, gain = ({(r['dataset'], r['model'], r['metric']): r for r in t.iter_rows(named=True)} for t in (long, gains))
     for dataset, core, what in ((d, c, w) for d in runs.datasets() for c in dual_order({core_of(m) for m in sized}) for w in SIZES):
