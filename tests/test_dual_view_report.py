@@ -395,7 +395,7 @@ def test_speed(made, own):
 def test_speed_goals_are_judged_on_each_machine_by_its_rounds(tmp_path):
     for seed, (device, rounds) in enumerate({'slow': [.9, .95, .91], 'fast': [.6, .61, .62]}.items()):
         history = pl.DataFrame({'ratio': ['step-over-lora-64-bfloat16'] * 3 + ['loop-over-step'], 'round': [0, 1, 2, 0], 'value': [*rounds, 2.5]})
-        write_record(record_path(tmp_path, 'gpu', 'expert_efficiency', 'synthetic', 'l2rec', seed=seed), {'ratio/step-over-lora-64-bfloat16': rounds[1]}, None, history, {'seed': seed, 'device': device, 'threads': 2})
+        write_record(record_path(tmp_path, 'gpu', 'expert_efficiency', 'synthetic', 'l2rec', seed=seed), {'ratio/step-over-lora-64-bfloat16': rounds[1]}, None, history, {'seed': seed, 'device': device, 'threads': 2, 'parameters': dual_view.GOAL_SIZES})
     runs = tables.read_experiment(tmp_path, 'gpu', 'expert_efficiency', per_user=False)
     measured = {c.id: [(e, claims.verdict(e, c.threshold)) for e in c.measure(runs)] for c in dual_view.L2REC_CLAIMS if c.id in ('l2rec-step-over-lora-bfloat16', 'l2rec-loop-over-step-float32')}
     slow, fast = measured['l2rec-step-over-lora-bfloat16']
@@ -403,6 +403,11 @@ def test_speed_goals_are_judged_on_each_machine_by_its_rounds(tmp_path):
     half = 4.302653 * np.std([.6, .61, .62], ddof=1) / 3**.5                                                # t interval, two degrees of freedom
     assert (fast[0].value, fast[0].low, fast[0].high) == pytest.approx((-.61, -.61 - half, -.61 + half), abs=1e-6)
     assert [v for _, v in measured['l2rec-loop-over-step-float32']] == ['not testable here'] * 2
+    small = record_path(tmp_path, 'demo', 'expert_efficiency', 'synthetic', 'l2rec')
+    write_record(small, {'ratio/step-over-lora-64-bfloat16': .6}, None, history, {'seed': 0, 'parameters': {**dual_view.GOAL_SIZES, 'layers': 2}})
+    claim = next(c for c in dual_view.L2REC_CLAIMS if c.id == 'l2rec-step-over-lora-bfloat16')
+    (effect,) = claim.measure(tables.read_experiment(tmp_path, 'demo', 'expert_efficiency', per_user=False))
+    assert effect.value is None and effect.reason == 'measured at other sizes (layers 2, not 6)'
 
 def test_the_ledger(made, runs):
     ledger = claims.judge(made, 'demo', dual_view.L2REC_CLAIMS)

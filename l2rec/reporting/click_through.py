@@ -29,7 +29,7 @@ __all__ = ['HISAM', 'MODELS', 'RIVALS', 'FLOORS', 'PARTS', 'SIZES', 'EXAMPLE_SKI
 # %% ../../nbs/reporting/04_click_through.ipynb #c02
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -1356,13 +1356,21 @@ def elsewhere(experiment: str, measure: Callable[[Runs], list[Effect]]) -> Calla
 
 LATENCY = 'latency-all-tokens'
 
-def over_rounds(name: str, value: Callable[[float], float] = float) -> Callable[[Runs], list[Effect]]:
+def over_rounds(
+    name: str,                                 # of the ratio
+    value: Callable[[float], float] = float,
+    sizes: Mapping[str, int] = {},             # parameters that a record must have been measured with
+) -> Callable[[Runs], list[Effect]]:
     "A measure: a ratio of times, or what `value` makes of it, on each machine that measured it, with a t interval over its rounds in history.csv (columns ratio, round, value)."
     def measure(runs: Runs) -> list[Effect]:
         effects = []
         for dataset in runs.datasets():
             rounds = {}
             for record in (runs.records[k] for k in runs.keys() if k[0] == dataset):
+                had = record.provenance.get('parameters') or {}
+                if other := [f'{k} {had.get(k)}, not {v}' for k, v in sizes.items() if had.get(k) != v]:
+                    effects.append(Effect(dataset, None, reason=f"measured at other sizes ({', '.join(other)})"))
+                    continue
                 table = record.history()
                 here = table.filter(pl.col('value') > 0, ratio=name)['value'] if {'ratio', 'value'} <= set(table.columns) else []
                 rounds.setdefault(machine_of(record), []).extend(map(value, here))
