@@ -13,7 +13,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import PeftType
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
-from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, MPNetConfig, MPNetModel, OPTConfig, OPTModel, Qwen3Config, Qwen3Model
+from transformers import (AlbertConfig, AlbertModel, BertConfig, BertForSequenceClassification, BertModel, BloomConfig, BloomModel, DebertaV2Config, DebertaV2Model, DistilBertConfig, DistilBertModel, DynamicCache, GPT2Config, GPT2Model,
+                          LlamaConfig, LlamaModel, MPNetConfig, MPNetModel, OPTConfig, OPTModel, Qwen3Config, Qwen3ForCausalLM, Qwen3Model)
 
 from l2rec.dual_view import dpmoe
 from l2rec.dual_view.dpmoe import VIEWS, DPMoEConfig, DPMoEModel, Pass, Prefixes, describe_backbone, find_places, trained_share
@@ -316,6 +317,15 @@ def test_merged_is_the_same_user_without_extra_products(view, settings):
         assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()) and torch.equal(run(model, view, **one)[0], found)
 
 
+def test_disabled_while_merged_is_the_backbone_too():
+    model, alone = tuned(), backbone()(input_ids=IDS).last_hidden_state
+    model.merge_user("semantic", [torch.ones(6)] * 2)
+    merged = model(input_ids=IDS).last_hidden_state
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids=IDS).last_hidden_state, alone) and not torch.allclose(merged, alone, atol=1e-2)
+    assert torch.equal(model(input_ids=IDS).last_hidden_state, merged)
+
+
 def test_bfloat16_weights_come_back_to_the_bit():
     model = tuned("qwen3").bfloat16()
     before = {n: p.clone() for n, p in model.named_parameters()}
@@ -340,7 +350,7 @@ def test_unload_gives_the_backbone_back():
     model = tuned()
     model.merge_user("semantic", [torch.ones(6)] * 2)
     plain = model.unload()
-    assert not any(m._forward_pre_hooks for m in plain.modules()) and not any("dpmoe" in n for n, _ in plain.named_parameters())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in plain.modules()) and not any("dpmoe" in n for n, _ in plain.named_parameters())
     assert torch.equal(plain(input_ids=IDS).last_hidden_state, backbone()(input_ids=IDS).last_hidden_state)
 
 
@@ -352,6 +362,78 @@ def test_one_adapter_a_model_and_none_after_deletion():
     assert torch.equal(model.base_model(input_ids=IDS).last_hidden_state, backbone()(input_ids=IDS).last_hidden_state)
     with pytest.raises(RuntimeError, match="deleted"):
         run(model)
+    for name in ("default", "second"):                 # its hooks and routers are still there: it is not laid over them
+        with pytest.raises(ValueError, match=r"carries an adapter already \(DPMoELinear layers\): unload"):
+            model.add_adapter(name, DPMoEConfig(user_width=6))
+    again = get_peft_model(model.base_model.unload(), DPMoEConfig(r=4, user_width=6))
+    assert len(run(again)[1].gates) == 2
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")                # PEFT warns of it too, and goes on
+@pytest.mark.parametrize("first", [LoraConfig(target_modules=["query"]), DPMoEConfig(user_width=6)], ids=["lora", "dpmoe"])
+def test_no_adapter_over_an_adapter(first):
+    plain = backbone()
+    get_peft_model(plain, first)
+    names = [n for n, _ in plain.named_parameters()]
+    with pytest.raises(ValueError, match="carries an adapter already"):
+        get_peft_model(plain, DPMoEConfig(user_width=6))
+    assert [n for n, _ in plain.named_parameters()] == names
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+def writer():
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(Qwen3Config(**SMALL | dict(num_key_value_heads=1, head_dim=8))).eval()
+
+
+def test_a_text_is_written_through_the_route_of_its_prompt():
+    model = wake(get_peft_model(writer(), DPMoEConfig(r=4, user_width=6)))
+    how = dict(attention_mask=torch.ones_like(IDS), max_new_tokens=6, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True)
+    with model.view("semantic", user=USERS, mask=torch.ones_like(IDS)) as routes: written = model.generate(input_ids=IDS, **how)
+    gates = [g.detach() for g in routes.gates]
+    for b in range(3):                                 # weights merged by that route need no view, and read anew at each step
+        model.merge_user("semantic", [g[b : b + 1] for g in gates])
+        alone = model.generate(input_ids=IDS[b : b + 1], **how | dict(attention_mask=torch.ones(1, 7, dtype=torch.long)), use_cache=False)
+        model.unmerge()
+        assert torch.equal(written.sequences[b], alone.sequences[0])
+        torch.testing.assert_close(torch.stack(written.logits)[:, b], torch.stack(alone.logits)[:, 0], rtol=1e-4, atol=1e-5)
+    with model.view("semantic", user=USERS.repeat_interleave(2, 0)): assert model.generate(input_ids=IDS, num_beams=2, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (3, 10)
+    with model.view("semantic", user=USERS), pytest.raises(ValueError, match="6 sequences; one row each, also of the beams"): model.generate(input_ids=IDS, num_beams=2, max_new_tokens=3, do_sample=False, pad_token_id=0)
+
+
+def test_a_cache_of_another_view_is_refused():
+    model, cache = wake(get_peft_model(writer(), DPMoEConfig(r=4, user_width=6))), DynamicCache()
+    with model.view("semantic", user=USERS): model(input_ids=IDS, past_key_values=cache)
+    with model.view("semantic", user=USERS), pytest.raises(ValueError, match="not written inside this semantic view"): model(input_ids=IDS[:, :1], past_key_values=cache)
+    cache = DynamicCache()
+    with model.view("semantic", user=USERS):
+        model(input_ids=IDS, past_key_values=cache)
+        cache.batch_select_indices(torch.tensor([0, 1]))
+        with pytest.raises(ValueError, match="past_key_values of 3 sequences, and now there are 2"): model(input_ids=IDS[:2, :1], past_key_values=cache)
+    cache, one = DynamicCache(), Prefixes(torch.zeros(3, 7, dtype=torch.long) + torch.arange(3)[:, None], torch.ones(3, 7, dtype=torch.bool), 3)
+    with model.view("semantic", user=USERS, prefixes=one):
+        model(input_ids=IDS, past_key_values=cache)
+        with pytest.raises(ValueError, match="past_key_values and prefixes"): model(input_ids=IDS[:, :1], past_key_values=cache)
+
+
+def test_a_new_head_is_trained_and_saved_with_the_experts(tmp_path):
+    def classifier():
+        torch.manual_seed(0)
+        return BertForSequenceClassification(BertConfig(**SMALL | CALM)).eval()
+
+    for settings in (dict(task_type="SEQ_CLS"), dict(modules_to_save=["classifier"])):
+        model = wake(get_peft_model(classifier(), DPMoEConfig(r=4, user_width=6, **settings)))
+        head = [p for n, p in model.named_parameters() if "classifier.modules_to_save" in n]
+        assert len(head) == 2 and all(p.requires_grad for p in head)
+        with torch.no_grad(): head[0].add_(1.)
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(classifier(), tmp_path)
+        found = []
+        for m in (model, again):
+            with torch.no_grad(), m.view("semantic", user=USERS, mask=MASK): found.append(m(input_ids=IDS, attention_mask=MASK.long()).logits)
+        assert torch.equal(*found)
+        with torch.no_grad(): assert not torch.allclose(found[0], classifier()(input_ids=IDS, attention_mask=MASK.long()).logits, atol=.1)
 
 
 # -- saved and loaded --------------------------------------------------------------------------------------------------
@@ -384,17 +466,45 @@ def test_another_adapter_name_and_loading_weights_again(tmp_path):
         assert torch.equal(run(model)[0], run(other)[0])
 
 
+def spoilt(name):
+    """The backbone with other numbers in one matrix that has no experts."""
+    model = backbone()
+    with torch.no_grad(): model.get_parameter(name).normal_(generator=torch.Generator().manual_seed(9))
+    return model
+
+
 @pytest.mark.parametrize("other, words", [(lambda: backbone(seed=1), "other weights"), (lambda: backbone("qwen3"), "model type 'bert' there, 'qwen3' here"), (lambda: backbone(num_hidden_layers=3), "blocks with experts 2 there, 3 here"),
-                                          (lambda: backbone(hidden_size=64), "hidden size 32 there, 64 here")])
+                                          (lambda: backbone(hidden_size=64), "hidden size 32 there, 64 here"), (lambda: spoilt("embeddings.word_embeddings.weight"), "other weights"), (lambda: spoilt("encoder.layer.1.output.dense.weight"), "other weights")])
 def test_adapters_of_another_backbone(tmp_path, other, words):
     tuned().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=words):
         PeftModel.from_pretrained(other(), tmp_path)
 
 
-def test_a_backbone_in_another_precision_is_the_same_backbone(tmp_path):
+@pytest.mark.parametrize("seed", range(5))
+def test_a_backbone_in_another_precision_is_the_same_backbone(tmp_path, seed):
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    for there in dtypes:
+        get_peft_model(backbone(seed=seed).to(there), DPMoEConfig(r=4, user_width=6)).save_pretrained(tmp_path)
+        for here in dtypes: assert run(PeftModel.from_pretrained(backbone(seed=seed).to(here), tmp_path).to(here))[0].isfinite().all()
+
+
+def test_the_first_blocks_of_a_deeper_backbone_are_another_backbone(tmp_path):
+    tuned(sizes=dict(num_hidden_layers=4), layers=[0]).save_pretrained(tmp_path)
+    short = backbone(num_hidden_layers=4)
+    del short.encoder.layer[2:]
+    with pytest.raises(ValueError, match="number of blocks 4 there, 2 here"):
+        PeftModel.from_pretrained(short, tmp_path)
+
+
+def test_a_description_that_lacks_something_is_compared_in_the_rest(tmp_path):
     tuned().save_pretrained(tmp_path)
-    assert run(PeftModel.from_pretrained(backbone().bfloat16(), tmp_path).bfloat16())[0].isfinite().all()
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    del config["backbone"]["fingerprint"], config["backbone"]["depth"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert run(PeftModel.from_pretrained(backbone(seed=1), tmp_path))[0].isfinite().all()
+    with pytest.raises(ValueError, match="blocks with experts 2 there, 3 here"):
+        PeftModel.from_pretrained(backbone(num_hidden_layers=3), tmp_path)
 
 
 def test_a_spoilt_checkpoint(tmp_path):
@@ -759,7 +869,8 @@ def test_merged_and_disabled_backbones_take_the_mask_of_prefixes():
 @pytest.mark.parametrize("build, names", [
     (lambda: DistilBertModel(DistilBertConfig(vocab_size=50, dim=32, n_layers=2, n_heads=2, hidden_dim=48)), {"attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"}),
     (lambda: MPNetModel(MPNetConfig(**SMALL)), {"attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o"}),
-    (lambda: OPTModel(OPTConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=48, max_position_embeddings=32, word_embed_proj_dim=32)), {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"})])
+    (lambda: OPTModel(OPTConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=48, max_position_embeddings=32, word_embed_proj_dim=32)), {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"}),
+    (lambda: DebertaV2Model(DebertaV2Config(**SMALL | CALM)), {"attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj", "attention.output.dense"})])
 def test_default_places_of_other_backbones(build, names):
     torch.manual_seed(0)
     model = build().eval()
@@ -772,7 +883,8 @@ def test_default_places_of_other_backbones(build, names):
 
 
 @pytest.mark.parametrize("settings, words", [
-    (dict(target_modules=["query", "q_proj"]), "'q_proj': no such Linear module. Linear modules of this BertModel: attention.self.query"), (dict(target_modules="nothing.*"), "nothing"),
+    (dict(target_modules=["query", "q_proj"]), "'q_proj': no such Linear module. Linear modules of this BertModel: attention.self.query"), (dict(target_modules="nothing.*"), "nothing"), (dict(target_modules="query"), r"a string is a regular expression of whole names; for ends of names give a list, \['query'\]"),
+    (dict(target_modules=[]), r"target_modules=\[\]: nothing would get experts"), (dict(target_modules=["query", "LayerNorm"]), "LayerNorm is a LayerNorm"),
     (dict(target_modules=["pooler.dense"]), "lies in no block"), (dict(target_modules=["LayerNorm"]), "is a LayerNorm"), (dict(layers=5), "blocks 0 to 1"), (dict(layers=[]), r"layers=\[\]"), (dict(layers=[0, -3]), "blocks 0 to 1"),
     (dict(user_width=None), "user_width=None")])
 def test_places_that_are_not_there(settings, words):
@@ -780,6 +892,29 @@ def test_places_that_are_not_there(settings, words):
     with pytest.raises(ValueError, match=words):
         get_peft_model(model, DPMoEConfig(**dict(user_width=6) | settings))
     assert not any("dpmoe" in n for n, _ in model.named_parameters()) and not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_places_of_bloom():
+    torch.manual_seed(0)
+    model = get_peft_model(BloomModel(BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=2)).eval(), DPMoEConfig(user_width=6))
+    assert {n.split(".", 2)[2] for n in model.base_model.places} == {"self_attention.query_key_value", "self_attention.dense"} and len(run(model)[1].gates) == 2
+
+
+def test_all_linear_modules_inside_blocks():
+    model = tuned(target_modules="all-linear")
+    assert len(model.base_model.places) == 12 and "pooler.dense" not in model.base_model.places and model.peft_config["default"].target_modules[0] == "attention.self.query"
+
+
+def test_blocks_that_run_more_than_once_are_refused():
+    torch.manual_seed(0)
+    model = get_peft_model(AlbertModel(AlbertConfig(**SMALL | CALM, embedding_size=16)).eval(), DPMoEConfig(user_width=6, target_modules=["query", "value"]))
+    with pytest.raises(ValueError, match="runs more than once in a pass, as in ALBERT"):
+        run(model)
+
+
+def test_a_model_without_a_transformers_configuration():
+    with pytest.raises(ValueError, match="Sequential has no transformers configuration"):
+        get_peft_model(torch.nn.Sequential(torch.nn.ModuleList([torch.nn.Linear(4, 4)])), DPMoEConfig(user_width=6, target_modules=["0"]))
 
 
 def test_a_backbone_without_linear_attention():
@@ -801,7 +936,9 @@ def test_layers_are_counted_as_peft_counts_them(layers, blocks):
 
 @pytest.mark.parametrize("given, words", [
     (dict(r=0), "r=0"), (dict(dropout=1.0), "dropout=1.0"), (dict(routing="topk"), "routing 'topk'"), (dict(signals=["users"]), "did you mean 'user'"), (dict(shared=-1), "shared=-1"),
-    (dict(shared=0, semantic=0, behaviour=0), "no experts at all"), (dict(top_n=7), "semantic=6"), (dict(behaviour=1), "behaviour=1"), (dict(top_n=0), "top_n=0")])
+    (dict(shared=0, semantic=0, behaviour=0), "no experts at all"), (dict(top_n=7), "semantic=6"), (dict(behaviour=1), "behaviour=1"), (dict(top_n=0), "top_n=0"),
+    (dict(r=4.), "r=4.0: a whole number"), (dict(r="8"), "r='8'"), (dict(top_n=2.5), "top_n=2.5"), (dict(shared=1.5), "shared=1.5"), (dict(semantic=True), "semantic=True"), (dict(user_width=-3), "user_width=-3"), (dict(alpha=0), "alpha=0"),
+    (dict(layers="0"), "layers='0'"), (dict(layers=[0.]), r"layers=\[0.0\]")])
 def test_bad_settings(given, words):
     with pytest.raises(ValueError, match=words):
         DPMoEConfig(**given)

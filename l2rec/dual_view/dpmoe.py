@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DPMOE', 'VIEWS', 'ATTENTION', 'FFN', 'peft_type', 'DPMoEConfig', 'linear_names', 'ends', 'family', 'block_of',
            'find_places', 'Prefixes', 'Now', 'Pass', 'Routes', 'no_view', 'KeepPass', 'DPMoELinear',
-           'describe_backbone', 'width_of', 'kind_of', 'check_backbone', 'BeginPass', 'RouteBlock', 'DPMoEModel',
-           'register', 'trained_share']
+           'describe_backbone', 'width_of', 'kind_of', 'check_backbone', 'BeginPass', 'EndPass', 'RouteBlock',
+           'DPMoEModel', 'register', 'trained_share']
 
 # %% ../../nbs/dual_view/02_dpmoe.ipynb #c02
 import copy
@@ -17,6 +17,7 @@ import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from peft import PeftConfig, get_peft_model
 from peft.mapping import (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_MIXED_MODEL_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -24,6 +25,7 @@ from peft.mapping import (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_MIXED_MODEL_
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType, register_peft_method
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModel
 
 from .experts import expert_product, wide_gate
@@ -53,7 +55,7 @@ class DPMoEConfig(PeftConfig):
     r: int = 8                                       # rank of an expert [S]
     alpha: float = 16                                # every expert is scaled by alpha / r
     dropout: float = 0.                              # on the input of the experts, as in LoRA
-    target_modules: list[str] | str | None = None    # ends of names, or a regular expression of whole names; None: q, k, v, o of the backbone
+    target_modules: list[str] | str | None = None    # ends of names, a regular expression of whole names, or "all-linear": all inside blocks; None: q, k, v, o of the backbone
     ffn: bool = False                                # the matrices of the feed-forward network as well (where target_modules is None)
     shared: int = 2                                  # experts that both views always use
     semantic: int = 6                                # experts of the semantic view's pool
@@ -64,13 +66,20 @@ class DPMoEConfig(PeftConfig):
     signals: list[str] | tuple[str, ...] = SIGNALS   # what a router reads [S]
     routing: str = "learned"                         # or "dense", "random", "equal"
     layers: int | list[int] | None = None            # blocks that get experts; None: all
+    modules_to_save: list[str] | None = None         # other modules that are trained and saved with the experts, such as a new head
     backbone: dict | None = None                     # what the adapter was made for; filled in
 
     def __post_init__(self):
         super().__post_init__()
         self.peft_type, self.signals = DPMOE, list(self.signals)
         if isinstance(self.target_modules, (set, tuple)): self.target_modules = sorted(self.target_modules)
+        for name in ("r", "top_n", "interaction_width", "shared", *VIEWS, *(("user_width",) if self.user_width is not None else ())):
+            if type(getattr(self, name)) is not int: raise ValueError(f"{name}={getattr(self, name)!r}: a whole number")
         if self.r < 1: raise ValueError(f"r={self.r}: the rank of an expert is at least 1")
+        if self.user_width is not None and self.user_width < 1: raise ValueError(f"user_width={self.user_width}: the width of a user representation is at least 1")
+        if not self.alpha > 0: raise ValueError(f"alpha={self.alpha}: experts are scaled by alpha / r, so above 0")
+        for k in self.layers if isinstance(self.layers, (list, tuple)) else [] if self.layers is None else [self.layers]:
+            if type(k) is not int: raise ValueError(f"layers={self.layers!r}: whole numbers of blocks, or None for all")
         if not 0 <= self.dropout < 1: raise ValueError(f"dropout={self.dropout}: at least 0 and below 1")
         one_of(self.routing, ROUTINGS, "routing")
         for s in self.signals: one_of(s, SIGNALS, "signal")
@@ -85,11 +94,13 @@ class DPMoEConfig(PeftConfig):
 # %% ../../nbs/dual_view/02_dpmoe.ipynb #c10
 ATTENTION = (("q_proj", "k_proj", "v_proj", "o_proj"),                       # Qwen, Llama, Mistral, Gemma, ...
              ("query", "key", "value", "attention.output.dense"),            # BERT, MiniLM, RoBERTa, ELECTRA, ...
+             ("query_proj", "key_proj", "value_proj", "attention.output.dense"), # DeBERTa
              ("q_proj", "k_proj", "v_proj", "out_proj"),                     # OPT, GPT-J, GPT-Neo, ...
              ("q_lin", "k_lin", "v_lin", "out_lin"),                         # DistilBERT
              ("attn.q", "attn.k", "attn.v", "attn.o"),                       # MPNet
              ("qkv_proj", "o_proj"),                                         # Phi-3
              ("query_key_value", "attention.dense"),                         # GPT-NeoX
+             ("query_key_value", "self_attention.dense"),                    # BLOOM, Falcon
              ("attn.Wqkv", "attn.Wo"))                                       # ModernBERT
 FFN = (("gate_proj", "up_proj", "down_proj"), ("intermediate.dense", "output.dense"), ("fc1", "fc2"), ("fc_in", "fc_out"), ("c_fc", "c_proj"),
        ("lin1", "lin2"), ("gate_up_proj", "down_proj"), ("dense_h_to_4h", "dense_4h_to_h"), ("mlp.Wi", "mlp.Wo"))
@@ -130,14 +141,17 @@ def find_places(model: nn.Module, config: DPMoEConfig) -> tuple[list[str], dict[
         if not attention: raise ValueError(f"no known names of query, key, value and output; give target_modules. {known}")
         if config.ffn and not ffn: raise ValueError(f"ffn=True, but no known names of a feed-forward network; give target_modules. {known}")
         wanted = [*attention, *ffn]
-    if isinstance(wanted, str):
+    if not wanted: raise ValueError(f"target_modules={wanted!r}: nothing would get experts; None means query, key, value and output. {known}")
+    if wanted == "all-linear": found, lacking = [n for n in names if block_of(n, model)], []
+    elif isinstance(wanted, str):
         found = [n for n in names if re.fullmatch(wanted, n)]
         lacking = [] if found else [wanted]
     else:
         found = [n for n in names if any(ends(n, w) for w in wanted)]
         lacking = [w for w in wanted if not any(ends(n, w) for n in names)]
     if lacking:
-        other = [f"{n} is a {type(m).__name__}" for n, m in model.named_modules() if any(ends(n, w) for w in lacking)][:1]
+        other = [f"{n} is a {type(m).__name__}" for n, m in model.named_modules() if any(ends(n, w) for w in lacking) and not isinstance(m, nn.Linear)][:1]
+        if isinstance(wanted, str) and any(ends(n, wanted) for n in names): other = [f"a string is a regular expression of whole names; for ends of names give a list, [{wanted!r}]"]
         raise ValueError(f"target_modules {', '.join(map(repr, lacking))}: no such Linear module{f' ({other[0]})' if other else ''}. {known}")
     where = {n: block_of(n, model) for n in found}
     outside = [n for n, b in where.items() if b is None]
@@ -219,6 +233,8 @@ class Pass:
         self.view, self.user, self.mask, self.prefixes = view, user, mask, prefixes
         self.routing: dict[int, Routing] = {}       # by block
         self.wide: dict[int, Tensor | None] = {}    # gates as the layers of a block need them, Float[B, R] or Float[B, L, R]; None: all 1
+        self.goes_on = False                        # what was read before comes from a cache
+        self.over = False                           # the backbone has ended it; what runs again now is checkpointing
 
     def context(self, x: Tensor # Float[B, L, D]
                 ) -> Tensor:
@@ -241,6 +257,13 @@ class Routes:
     def begin(self) -> Pass:
         "A pass of this view; its routes are the ones shown from now on."
         self.last = Pass(self.view, self.user, self.mask, self.prefixes)
+        return self.last
+
+    def go_on(self) -> Pass:
+        "The pass before, whose keys and values are read from a cache. ValueError if there is none, or if its prefixes have routes of their own."
+        if self.last is None or not self.last.routing: raise ValueError(f"past_key_values were not written inside this {self.view} view: read the prompt and write inside one `with model.view(...)`")
+        if self.prefixes is not None: raise ValueError("past_key_values and prefixes: a cache holds one route a sequence; give a mask")
+        self.last.goes_on, self.last.over = True, False
         return self.last
 
     def _of_blocks(self, part: str) -> list[Tensor]:
@@ -318,6 +341,7 @@ class DPMoELinear(nn.Module, BaseTunerLayer):
         return torch.cat([down[p] for p in pools]), torch.cat([up[p] for p in pools], 1)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor: # Float[B, ..., d_in] -> Float[B, ..., d_out]
+        if self.disable_adapters and self._kept is not None: return linear(x, self._kept.to(self.base_layer.weight), self.base_layer.bias)
         silent = self.disable_adapters or self.merged or not self.active_adapters
         if silent: return self.base_layer(x, *args, **kwargs)
         run = self.now.run
@@ -353,12 +377,13 @@ class DPMoELinear(DPMoELinear):
 
 # %% ../../nbs/dual_view/02_dpmoe.ipynb #c27
 def describe_backbone(model: nn.Module, blocks: list[str], places: dict[str, int]) -> dict:
-    "What an adapter must find again: model type, width, blocks, matrices of a block by name and shape, a fingerprint of their first numbers (None on the meta device)."
+    "What an adapter must find again: model type, width, blocks with experts and in all, matrices of a block by name and shape, a fingerprint of the signs of all matrices' first numbers (None on the meta device)."
     weights = {n: model.get_submodule(n).weight for n in places}
-    first = torch.cat([w.detach()[0, :64].to(torch.bfloat16).view(torch.int16) for w in weights.values()])
-    return kind_of(model) | {"blocks": len(blocks),
+    first = [p.detach()[0, :64] for p in model.parameters() if p.dim() == 2]
+    signs = None if any(p.is_meta for p in first) else np.packbits(torch.cat([torch.signbit(p.cpu()) for p in first]).numpy())
+    return kind_of(model) | {"blocks": len(blocks), "depth": len(model.get_submodule(blocks[0].rpartition(".")[0])),
             "matrices": {n.removeprefix(blocks[places[n]] + "."): list(w.shape) for n, w in weights.items()},
-            "fingerprint": None if first.is_meta else hashlib.sha256(first.cpu().numpy().tobytes()).hexdigest()[:16]}
+            "fingerprint": None if signs is None else hashlib.sha256(signs.tobytes()).hexdigest()[:16]}
 
 
 def width_of(model: nn.Module) -> int:
@@ -368,18 +393,21 @@ def width_of(model: nn.Module) -> int:
     return config.get_text_config().hidden_size
 
 
-def kind_of(model: nn.Module) -> dict: return {"model_type": getattr(model.config, "model_type", None), "width": width_of(model)}
+def kind_of(model: nn.Module) -> dict:
+    width = width_of(model)         # its error comes first
+    return {"model_type": getattr(model.config, "model_type", None), "width": width}
 
 
 def check_backbone(saved: dict | None, here: dict) -> None:
     "ValueError naming the first thing in which a backbone (or what is known of it so far) differs from the one that an adapter was made for."
     if saved is None: return
-    for part, what in (("model_type", "model type"), ("width", "hidden size"), ("blocks", "number of blocks with experts")):
-        if saved[part] != here.get(part, saved[part]): raise ValueError(f"adapter of another backbone: {what} {saved[part]!r} there, {here[part]!r} here")
-    there, ours = saved["matrices"], here.get("matrices", saved["matrices"])
+    both = lambda part: part in saved and part in here and None not in (saved[part], here[part])
+    for part, what in (("model_type", "model type"), ("width", "hidden size"), ("blocks", "number of blocks with experts"), ("depth", "number of blocks")):
+        if both(part) and saved[part] != here[part]: raise ValueError(f"adapter of another backbone: {what} {saved[part]!r} there, {here[part]!r} here")
+    there, ours = (saved["matrices"], here["matrices"]) if both("matrices") else ({}, {})
     for n in sorted(there.keys() | ours.keys()):
         if there.get(n) != ours.get(n): raise ValueError(f"adapter of another backbone: matrix {n} is {there.get(n, 'not adapted')} there, {ours.get(n, 'not adapted')} here")
-    if None not in (saved["fingerprint"], here.get("fingerprint")) and saved["fingerprint"] != here["fingerprint"]:
+    if both("fingerprint") and saved["fingerprint"] != here["fingerprint"]:
         raise ValueError(f"adapter of another backbone: same shapes, other weights (fingerprint {saved['fingerprint']} there, {here['fingerprint']} here); "
                          "load the checkpoint that it was trained on")
 
@@ -387,7 +415,15 @@ def check_backbone(saved: dict | None, here: dict) -> None:
 class BeginPass:
     "Forward pre-hook of the backbone."
     def __init__(self, tuner: "DPMoEModel"): self.tuner = tuner
-    def __call__(self, module, args): self.tuner.begin_pass()
+    def __call__(self, module, args, kwargs): self.tuner.begin_pass(kwargs.get("past_key_values"))
+
+
+class EndPass:
+    "Forward hook of the backbone."
+    def __init__(self, tuner: "DPMoEModel"): self.tuner = tuner
+
+    def __call__(self, module, args, output):
+        if self.tuner.now.run is not None: self.tuner.now.run.over = True
 
 
 class RouteBlock:
@@ -408,14 +444,20 @@ class DPMoEModel(BaseTuner):
     uses_shared_state = True        # the routers
 
     def _pre_injection_hook(self, model: nn.Module, config: DPMoEConfig, adapter_name: str) -> None:
+        self.refuse_carried(model)
         check_backbone(config.backbone, kind_of(model))
         self.block_names, self.places = find_places(model, config)
         here = describe_backbone(model, self.block_names, self.places)
         check_backbone(config.backbone, here)
         config = copy.copy(config)                                       # the caller's may serve another backbone
-        config.backbone, config.target_modules = here, config.target_modules or list(here["matrices"])
+        config.backbone, config.target_modules = here, list(here["matrices"]) if config.target_modules in (None, "all-linear") else config.target_modules
         self.peft_config[adapter_name], self.adapter, self.now, self.enabled = config, adapter_name, Now(), True
         self.routers_of(config)                                          # its errors come before anything is changed
+
+    def refuse_carried(self, model: nn.Module) -> None:
+        "ValueError if there is an adapter in the model, of whatever method."
+        carried = next((type(m).__name__ for m in model.modules() if isinstance(m, BaseTunerLayer)), None)
+        if carried: raise ValueError(f"the backbone carries an adapter already ({carried} layers): unload() that one first, or load another backbone")
 
     def _check_target_module_exists(self, config, key: str) -> bool: return key in self.places
 
@@ -423,6 +465,7 @@ class DPMoEModel(BaseTuner):
 
     def _check_new_adapter_config(self, config) -> None:
         if len(self.peft_config) > 1: raise ValueError("one DPMoE adapter a model: its routers and views are one state; load another adapter on a backbone of its own")
+        self.refuse_carried(self.model)     # what `delete_adapter` leaves
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, parameter_name=None) -> None:
         self._replace_module(parent, target_name, DPMoELinear(target, adapter_name, config, self.places[current_key], self.now), target)
@@ -437,7 +480,8 @@ class DPMoEModel(BaseTuner):
         routers = self.routers_of(config).to(torch.promote_types(weight.dtype, torch.float32))
         if not any(p.is_meta for p in routers.parameters()): routers.to(weight.device)   # on meta where PEFT loads with low_cpu_mem_usage
         self.dpmoe_router = nn.ModuleDict({adapter_name: routers.requires_grad_(not config.inference_mode)})
-        model.register_forward_pre_hook(BeginPass(self))
+        model.register_forward_pre_hook(BeginPass(self), with_kwargs=True)
+        model.register_forward_hook(EndPass(self))
         for k, name in enumerate(self.block_names): model.get_submodule(name).register_forward_pre_hook(RouteBlock(self, k), with_kwargs=True)
 
 # %% ../../nbs/dual_view/02_dpmoe.ipynb #c30
@@ -449,10 +493,10 @@ class DPMoEModel(DPMoEModel):
 
     merged_view: str | None = None
 
-    def begin_pass(self) -> None:
+    def begin_pass(self, cache=None) -> None: # cache: keys and values of what was read before, as transformers has them
         if self.silent: return
         if self.now.routes is None: raise no_view()
-        self.now.run = self.now.routes.begin()
+        self.now.run = self.now.routes.begin() if cache is None or not cache.get_seq_length() else self.now.routes.go_on()
         if self.model.training:
             for module in self.model.modules():
                 function = getattr(module, "_gradient_checkpointing_func", None)
@@ -463,6 +507,9 @@ class DPMoEModel(DPMoEModel):
         run, config = self.now.run, self.peft_config[self.adapter]
         if run is None: raise no_view()
         experts, rows = getattr(config, run.view), len(x) if run.prefixes is None else len(run.prefixes)
+        if (known := run.routing.get(block)) is not None and not run.over:
+            if run.goes_on and len(known.gates) == rows: return
+            raise ValueError(f"past_key_values of {len(known.gates)} sequences, and now there are {rows}" if run.goes_on else f"block {self.block_names[block]} runs more than once in a pass, as in ALBERT: DPMoE routes each block once; take another backbone")
         if not experts:
             none = x.new_zeros(rows, 0)
             run.routing.setdefault(block, Routing(none, none.bool(), none))
@@ -470,7 +517,7 @@ class DPMoEModel(DPMoEModel):
             return
         router = self.dpmoe_router[self.adapter][run.view][block]
         reads_context = {"context", "interaction"} & set(router.signals)
-        if run.user is not None and len(run.user) != rows: raise ValueError(f"user of {len(run.user)} rows: the view's input has {rows} {'sequences' if run.prefixes is None else 'prefixes'}")
+        if run.user is not None and len(run.user) != rows: raise ValueError(f"user of {len(run.user)} rows: the view's input has {rows} {'sequences' if run.prefixes is None else 'prefixes'}; one row each, also of the beams of one sequence (user.repeat_interleave)")
         routing = router(run.context(x) if reads_context else x.new_zeros(rows, x.shape[-1]), None if run.user is None else run.user.to(x.device))
         run.routing.setdefault(block, routing)
         always = routing.gates.new_ones(rows, config.shared)
@@ -543,9 +590,10 @@ class DPMoEModel(DPMoEModel):
         "The backbone alone, as it was before."
         self.unmerge()
         for module in self.model.modules():
-            for k in [k for k, hook in module._forward_pre_hooks.items() if isinstance(hook, (BeginPass, RouteBlock))]:
-                del module._forward_pre_hooks[k]
-                module._forward_pre_hooks_with_kwargs.pop(k, None)
+            for hooks, kwargs in ((module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs), (module._forward_hooks, module._forward_hooks_with_kwargs)):
+                for k in [k for k, hook in hooks.items() if isinstance(hook, (BeginPass, EndPass, RouteBlock))]:
+                    del hooks[k]
+                    kwargs.pop(k, None)
             function = getattr(module, "_gradient_checkpointing_func", None)
             if isinstance(function, KeepPass): module._gradient_checkpointing_func = function.function
         return super().unload()
@@ -559,7 +607,7 @@ class DPMoEModel(DPMoEModel):
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         own = cls._get_adapter_state_dict(model, config, adapter_name, model.state_dict(), [])
         own = {cls._remove_adapter_name_from_key(k, adapter_name): list(v.shape) for k, v in own.items()}
-        given = {k: list(v.shape) for k, v in state_dict.items()}
+        given = {k: list(v.shape) for k, v in state_dict.items() if ".modules_to_save." not in k}
         reshaped = {k for k in own.keys() & given.keys() if own[k] != given[k]}
         for what, names in (("lacks", own.keys() - given.keys()), ("has besides", given.keys() - own.keys()), ("has in another shape", reshaped)):
             if not names: continue
