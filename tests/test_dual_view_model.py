@@ -684,7 +684,7 @@ def test_one_way_to_set_up(folders, monkeypatch):
 # --- kept models ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [{}, dict(adapter="lora"), dict(adapter="none"), dict(ids=True, views=("behaviour",), signals=("context",)), dict(fused_in="scores", ids=True), dict(fused_in="scores", words=4), dict(prior=.5)], ids=str)
+@pytest.mark.parametrize("how", [{}, dict(adapter="lora"), dict(adapter="none"), dict(ids=True, views=("behaviour",), signals=("context",)), dict(fused_in="scores", ids=True), dict(fused_in="scores", words=4), dict(prior=.5), dict(target_modules=["query", "value"], layers=[0])], ids=str)
 def test_kept_models_are_the_same(split, folders, tmp_path, how):
     model, batch = make(split, folders, **how).eval(), batch_of(random_histories())
     folder = save_l2rec(model, tmp_path / "model")
@@ -734,6 +734,31 @@ def test_kept_models_refuse_what_is_not_theirs(split, folders, tmp_path):
     (folder / "l2rec.json").write_text(json.dumps(about))
     with pytest.raises(DataError, match="does not fit the settings"):
         load_l2rec(folder, split, texts_of(split))
+    about["settings"]["experts_of_tomorrow"] = 1
+    (folder / "l2rec.json").write_text(json.dumps(about))
+    with pytest.raises(DataError, match="does not know: experts_of_tomorrow"):
+        load_l2rec(folder, split, texts_of(split))
+
+
+@pytest.mark.parametrize("name", ["heads.safetensors", "adapter/adapter_model.safetensors"])
+@pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:9])], ids=["lost", "cut"])
+def test_a_kept_model_in_part(split, folders, tmp_path, name, spoil):
+    folder = save_l2rec(make(split, folders), tmp_path / "model")
+    spoil(folder / name)
+    with pytest.raises(DataError, match=f"not all of a model of save_l2rec .*{name}"):
+        load_l2rec(folder, split, texts_of(split))
+
+
+def test_experts_of_named_matrices(split, folders):
+    model, all_four = make(split, folders, target_modules=["query", "value"]), make(split, folders)
+    adapted = lambda m: sorted({name.split(".dpmoe_A")[0].rpartition(".")[2] for name, _ in m.named_parameters() if "dpmoe_A" in name})
+    assert adapted(model) == ["query", "value"] and adapted(all_four) == ["dense", "key", "query", "value"]
+    assert sorted({name.split(".lora_A")[0].rpartition(".")[2] for name, _ in make(split, folders, adapter="lora", target_modules=["key"]).named_parameters() if "lora_A" in name}) == ["key"]
+    with pytest.raises(ValueError, match="target_modules 'q_proj': no such Linear module"): make(split, folders, target_modules=["q_proj"])
+
+
+def test_no_room_for_a_single_token(split, folders):
+    with pytest.raises(ValueError, match="max_tokens=2: 2 special tokens leave no room for an item"): make(split, folders, max_tokens=2)
 
 
 def test_catalogue_digest():

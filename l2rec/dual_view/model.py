@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import peft
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import dropout, rms_norm
@@ -33,7 +34,7 @@ from .items import ItemHead, ItemTexts, beside_prior, cosine_in_batch, cosine_so
 from .preference import bpc_loss
 from .router import SIGNALS, Router, one_of
 from .views import BehaviourProjector, amounts_before, behaviour_input, embedding_size, filled, item_prefixes, length_chunks
-from .views import owner_of, pool_view, semantic_input, sums, text_prefixes
+from .views import owner_of, pool_view, room_for, semantic_input, sums, text_prefixes
 from ..training.contracts import Retrieval, build
 from ..training.modules import RetrievalModule, set_up
 
@@ -58,7 +59,7 @@ def expert_config(s: SimpleNamespace, user_width: int) -> DPMoEConfig:
     "The DPMoE of these settings of `L2Rec.from_split`."
     pools = {view: getattr(s, view) if view in s.views else 0 for view in VIEWS}
     return DPMoEConfig(r=s.rank, alpha=s.alpha, dropout=s.adapter_dropout, ffn=s.ffn, shared=s.shared, **pools, top_n=s.top_n, user_width=user_width,
-                       signals=tuple(s.signals), routing=s.routing, layers=s.layers)
+                       signals=tuple(s.signals), routing=s.routing, layers=s.layers, target_modules=s.target_modules)
 
 
 def equal_rank(backbone: nn.Module, config: DPMoEConfig # that of the DPMoE to be matched
@@ -159,6 +160,7 @@ class L2Rec(Retrieval):
         self.register_buffer("trained", trained, persistent=False)
         self.register_buffer("prior", prior)
         self.tokens = token_table(items.texts, tokenizer, s.item_tokens) if "semantic" in s.views else None
+        if self.tokens is not None: room_for(s.max_tokens, len(self.tokens.before) + len(self.tokens.after))      # its error comes now
         d, D = width_of(backbone), self.items.width
         self.projector = BehaviourProjector(D, d, size=embedding_size(backbone)) if "behaviour" in s.views else None
         if s.fused_in == "items" and d != items.width: raise ValueError(f"fused_in='items': the item head reads text vectors of width {items.width} and the backbone's are {d} wide; make the texts' vectors with this backbone, or use fused_in='backbone'")
@@ -215,6 +217,7 @@ class L2Rec(L2Rec):
                    adapter_dropout: float = 0.,         # on what the experts read
                    ffn: bool = False,                   # adapt the feed-forward network too
                    layers: int | list[int] | None = None, # blocks with experts; None: all
+                   target_modules: list[str] | None = None, # matrices with experts, by the ends of their names; None: queries, keys, values and outputs, see `DPMoEConfig`
                    width: int | None = None,            # D of item and user vectors; None: the text vectors'
                    head_hidden: int | None = 512,       # units of the head's network; None: a linear head
                    words: int = 0,                      # columns of the texts' words that the head reads beside the text vectors, see `word_vectors`; 0: none
@@ -509,10 +512,14 @@ def load_l2rec(folder: str | Path, split: Split, items: ItemTexts,
     settings = {**about["settings"], "encoder": encoder or about["settings"]["encoder"]}
     if (here := encoder_sha256(encoder_folder(settings["encoder"]))) != about["backbone"]:
         raise DataError(f"{folder}: the model was trained around another backbone (sha256 {about['backbone'][:12]}...) than '{settings['encoder']}' ({here[:12]}...)")
+    if unknown := settings.keys() - inspect.signature(L2Rec.from_split).parameters.keys(): raise DataError(f"{folder}: l2rec.json has settings that this version does not know: {', '.join(sorted(unknown))}")
     model = L2Rec.from_split(split, items, **settings)
-    heads, own = load_file(folder / "heads.safetensors"), {name: value for name, value in model.state_dict().items() if not name.startswith("backbone.")}
+    def stored(name):
+        try: return load_file(folder / name)
+        except (OSError, SafetensorError) as error: raise DataError(f"{folder}: not all of a model of save_l2rec ({type(error).__name__}: {name}); save it again") from error
+    heads, own = stored("heads.safetensors"), {name: value for name, value in model.state_dict().items() if not name.startswith("backbone.")}
     if {name: value.shape for name, value in heads.items()} != {name: value.shape for name, value in own.items()}: raise DataError(f"{folder}: heads.safetensors does not fit the settings beside it")
     model.load_state_dict(heads, strict=False)
     for head in model.item_heads(): head.place(items)
-    if model.settings.adapter != "none": peft.set_peft_model_state_dict(model.backbone, load_file(folder / "adapter" / "adapter_model.safetensors"))
+    if model.settings.adapter != "none": peft.set_peft_model_state_dict(model.backbone, stored("adapter/adapter_model.safetensors"))
     return model.eval()
