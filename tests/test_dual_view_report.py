@@ -169,6 +169,9 @@ def test_notes_on_a_partial_grid(runs, own):
     shutil.rmtree(record_path(own, 'demo', 'dual_view_search', BOOKS, 'unisrec').parent)
     (note,) = dual_view.untuned_note(tables.read_experiment(own, 'demo', 'dual_view'), ['l2rec', 'l2rec+no-bpc', 'unisrec', 'unisrec+ids'])
     assert note == f'**Not tuned**: on {BOOKS} no search was made for UniSRec-like, so a difference may be one of settings.'
+    alone = dual_view.within(tables.read_experiment(own, 'demo', 'dual_view'), ['unisrec+words', 'l2rec+no-bpc'])
+    (note,) = dual_view.untuned_note(replace(alone, records={k: r for k, r in alone.records.items() if k[1] in alone.models()}), ['unisrec+words', 'l2rec+no-bpc'])   # their models were not run
+    assert 'for UniSRec-like (with words), so' in note
 
 def test_the_ablation(runs, parts):
     table = dual_view.ablation_table(runs, parts)
@@ -357,6 +360,15 @@ def test_cost(runs, own):
     assert elsewhere.rows[0][4:6] == ('50', '5.0') and elsewhere.rows[0][10] == '812'
     with pytest.raises(ValueError, match='time/train_seconds'): dual_view.cost_table(dual_view.within(runs, []))
 
+def test_one_seed_has_no_times_l2rec(runs):
+    def times(table): return {r[2]: r[7] for r in table.rows}
+    one = times(dual_view.cost_table(runs.without(BOOKS, 'learn', seed=1)))
+    assert one['LEARN-like'] == '–' and one['item-kNN'] == '–' and one['L2Rec'] == '1.00' and one['UniSRec-like'] != '–'
+    table = dual_view.cost_table(runs.without(BOOKS, 'l2rec', seed=1))
+    none = times(table)
+    assert none['L2Rec'] == none['UniSRec-like'] == none['no BPC'] == '–' and none['L2Rec with ids'] == '1.00' and none['UniSRec-like with ids'] != '–'
+    assert table.long.filter(metric='ratio/train_seconds')['model'].str.contains('ids|sasrec').all() and 'takes' not in dual_view.describe_cost(table).split(';')[0]
+
 def test_what_a_budget_of_tokens_leaves(made, own):
     table = dual_view.text_table(tables.read_experiment(made, 'demo', 'text_information', per_user=False))
     assert table.name == 'text-budget' and table.rows[:3] == ((BOOKS, '8', '90', '.0200', '.0300', '48'), (BOOKS, '32', '50', '.0400', '.0500', '95'), (BOOKS, '128', '10', '.0420', '.0520', '100')) and len(table.rows) == 3
@@ -389,6 +401,18 @@ def test_speed(made, own):
     table = dual_view.speed_table(tables.read_experiment(made, 'demo', 'expert_efficiency', per_user=False))
     assert [(r[0], r[2], r[3]) for r in table.rows] == [('loop-over-step', '×', '2.40'), ('step-over-lora-64', '×', '1.02'), ('step', 's', '.3100'), ('ceiling', 'GFLOP/s', '140'), ('training step', 'tokens/s', '13,200')]
     assert table.long.columns == list(tables.LONG) and table.rows[1][5].startswith('a training step')
+    assert table.notes == ('**Other sizes**: on unknown machine, seed 0 measured at sizes for which no goal was set (tokens 128, not 256): in this table, not among what the claims judge.',)
+
+def test_the_speed_table_says_how_its_records_differ(tmp_path):
+    for seed, (device, rounds, more) in enumerate((('slow', 3, {}), ('fast', 3, {}), ('fast', 9, {'layers': 2}), ('fast', 9, {'layers': 2}))):
+        history = pl.DataFrame({'ratio': ['a'] * rounds + ['b'] * rounds, 'round': [*range(rounds)] * 2, 'value': [1.] * 2 * rounds})
+        write_record(record_path(tmp_path, 'gpu', 'expert_efficiency', 'synthetic', 'l2rec', seed=seed), {'ratio/a': 1.}, None, history, {'seed': seed, 'device': device, 'threads': 1, 'parameters': dual_view.GOAL_SIZES | more})
+    runs = tables.read_experiment(tmp_path, 'gpu', 'expert_efficiency', per_user=False)
+    rounds, sizes = dual_view.speed_table(runs).notes
+    assert rounds == '**Rounds**: the records differ in their number: 3 on slow, 1 thread; 3, 9 and 9 on fast, 1 thread.'
+    assert sizes == '**Other sizes**: on fast, 1 thread, seeds 2 and 3 measured at sizes for which no goal was set (layers 2, not 6): in this table, not among what the claims judge.'
+    alike = replace(runs, metrics=runs.metrics.filter(pl.col('seed') < 2), records={k: r for k, r in runs.records.items() if k[2] < 2})
+    assert dual_view.speed_table(alike).notes == ()
 
 # ---- claims
 

@@ -239,7 +239,7 @@ def test_search_and_efficiency(tmp_path):
     search = tables.search_table(tables.read_experiment(tmp_path, 'demo', 'search', per_user=False))
     assert search.rows[1][:5] == ('made-up-books', 'sasrec', '.0600', '3', '310')
     assert search.long.filter(model='sasrec', metric='best/learning_rate')['mean'].item() == .001
-    assert 'Every model had 3 trials' in tables.describe_search(search)
+    assert 'Every searched model had 3 trials' in tables.describe_search(search)
     write_record(record_path(tmp_path, 'demo', 'search', 'made-up-books', 'sasrec-binary'), {'validation/ndcg@10': .04, 'search/trials': 9, 'search/seconds': 60},
                  provenance={'parameters': {'best': '{"dim": 32}'}})
     unequal = tables.search_table(tables.read_experiment(tmp_path, 'demo', 'search', per_user=False))

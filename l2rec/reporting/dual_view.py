@@ -5,23 +5,23 @@
 # %% auto #0
 __all__ = ['L2REC', 'WITH_IDS', 'MODELS', 'TEXT_MODELS', 'CLASSES', 'PLANNED', 'PARTS', 'REVERSED', 'WORDS', 'PRIOR', 'BARE',
            'ADDITIONS', 'SIZES', 'OWN_SIZE', 'EXAMPLE_GAIN', 'EXAMPLE_LOSS', 'METRICS', 'MAIN', 'GAINS', 'ALSO',
-           'EDGES', 'SLICED', 'MET', 'USE', 'EVERYBODY', 'COST', 'ELSEWHERE', 'UNITS', 'MEET', 'PAPER_GAIN', 'SHARE',
-           'SHARE_MARGIN', 'QWEN_SHARE', 'GOAL_SIZES', 'SPEED_GOALS', 'L2REC_CLAIMS', 'pieces', 'of_pieces', 'core_of',
-           'class_of', 'amount_of', 'share_of', 'dual_order', 'told_part', 'name_of', 'models_of', 'main_models',
-           'ablations', 'example_values', 'example_router', 'example_names', 'example_dual_view_records', 'same_users',
-           'with_retrieval', 'l2rec_minus', 'best_comparator', 'one_seed_note', 'not_run_note', 'untuned_note',
-           'refit_note', 'value_cells', 'minus_rows', 'minus_table', 'dual_view_table', 'gain_said', 'sides_said',
-           'describe_dual_view', 'at_share', 'ablated_shares', 'ablation_table', 'also_note', 'describe_ablation',
-           'own_size', 'sizes_table', 'describe_sizes', 'with_part', 'addition_pairs', 'addition_gains',
-           'additions_table', 'describe_additions', 'cold_slices', 'cold_table', 'describe_cold', 'popularity_models',
-           'popularity_table', 'describe_popularity', 'shown_models', 'relative_values', 'user_means', 'fraction_model',
-           'sparsity', 'sparsity_figure', 'relative_gain', 'percent', 'describe_sparsity', 'record_tables',
-           'expert_use', 'shown_groups', 'expert_use_figure', 'everybody', 'evenness', 'use_differences',
-           'describe_expert_use', 'fusion_gates', 'gate_slices', 'fusion_figure', 'describe_fusion', 'cost_of',
-           'cost_table', 'describe_cost', 'search_rows', 'speed_table', 'text_table', 'describe_text', 'start_table',
-           'describe_start', 'joined_before', 'or_with_fewer_users', 'part_helps', 'bpc_helps', 'relative_effect',
-           'over_best', 'over_model', 'over_floor', 'grows_with_sparsity', 'with_few_beats_all', 'trained_shares',
-           'qwen_share', 'routed_apart', 'balance_prevents_collapse']
+           'EDGES', 'SLICED', 'MET', 'USE', 'EVERYBODY', 'COST', 'ELSEWHERE', 'UNITS', 'GOAL_SIZES', 'MEET',
+           'PAPER_GAIN', 'SHARE', 'SHARE_MARGIN', 'QWEN_SHARE', 'SPEED_GOALS', 'L2REC_CLAIMS', 'pieces', 'of_pieces',
+           'core_of', 'class_of', 'amount_of', 'share_of', 'dual_order', 'told_part', 'name_of', 'models_of',
+           'main_models', 'ablations', 'example_values', 'example_router', 'example_names', 'example_dual_view_records',
+           'same_users', 'with_retrieval', 'l2rec_minus', 'best_comparator', 'one_seed_note', 'not_run_note',
+           'untuned_note', 'refit_note', 'value_cells', 'minus_rows', 'minus_table', 'dual_view_table', 'gain_said',
+           'sides_said', 'describe_dual_view', 'at_share', 'ablated_shares', 'ablation_table', 'also_note',
+           'describe_ablation', 'own_size', 'sizes_table', 'describe_sizes', 'with_part', 'addition_pairs',
+           'addition_gains', 'additions_table', 'describe_additions', 'cold_slices', 'cold_table', 'describe_cold',
+           'popularity_models', 'popularity_table', 'describe_popularity', 'shown_models', 'relative_values',
+           'user_means', 'fraction_model', 'sparsity', 'sparsity_figure', 'relative_gain', 'percent',
+           'describe_sparsity', 'record_tables', 'expert_use', 'shown_groups', 'expert_use_figure', 'everybody',
+           'evenness', 'use_differences', 'describe_expert_use', 'fusion_gates', 'gate_slices', 'fusion_figure',
+           'describe_fusion', 'cost_of', 'cost_table', 'describe_cost', 'search_rows', 'measured_notes', 'speed_table',
+           'text_table', 'describe_text', 'start_table', 'describe_start', 'joined_before', 'or_with_fewer_users',
+           'part_helps', 'bpc_helps', 'relative_effect', 'over_best', 'over_model', 'over_floor', 'grows_with_sparsity',
+           'with_few_beats_all', 'trained_shares', 'qwen_share', 'routed_apart', 'balance_prevents_collapse']
 
 # %% ../../nbs/reporting/05_dual_view.ipynb #c02
 import re
@@ -40,7 +40,7 @@ from .claims import FEW_USERS, Claim, Effect, better
 from .click_through import beside, choices, doubtful, elsewhere, every_run, mean_of, over_rounds, parameter, split_name, untuned
 from .cold_start import gain_cell, record_file, renamed, signed, sorted_out, untestable, within
 from .figures import RC, direct_labels, model_styles, panels
-from .tables import (LONG, RESAMPLES, Runs, Table, bracket, brief, efficiency_table, example_ranks, example_run, is_floor, listed, metric_label, missing_note, model_order,
+from .tables import (LONG, RESAMPLES, Runs, Table, bracket, brief, efficiency_table, example_ranks, example_run, is_floor, listed, machine_of, metric_label, missing_note, model_order,
                                     named, number, per_user_column, per_user_tables, read_experiment, search_table, summarise, training_seconds)
 from ..training.records import record_path, write_record
 
@@ -206,7 +206,7 @@ def example_dual_view_records(
         begun = {('backbone', 'semantic'): (.002, .13), ('backbone', 'behaviour'): (.05, .4), ('items', 'semantic'): (.045, 1.), ('items', 'behaviour'): (.05, 1.)}
         write_record(record_path(results, profile, 'text_information', dataset, L2REC), {'text/tokens': 40., **{'/'.join(('start', *k, m)): v for k, values in begun.items() for m, v in zip(('ndcg@10', 'size'), values)}, **{f'text/{n}/{m}': v for n, values in told.items() for m, v in zip(('cut', 'hr@10', 'ndcg@10'), values)}}, provenance={'seed': 0})
     write_record(record_path(results, profile, 'expert_efficiency', datasets[0], L2REC), {'ratio/step-over-lora-64': 1.02, 'ratio/loop-over-step': 2.4, 'seconds/step': .31, 'tokens_per_second': 13_200., 'gflops/ceiling': 140.},
-                 provenance={'seed': 0, 'notes': {'ratio/step-over-lora-64': 'a training step of one view / that of PEFT LoRA of rank 64'}})
+                 provenance={'seed': 0, 'parameters': {'batch': 16, 'tokens': 128, 'layers': 6, 'width': 384, 'heads': 12, 'rank': 8, 'shared': 2, 'pool': 6}, 'notes': {'ratio/step-over-lora-64': 'a training step of one view / that of PEFT LoRA of rank 64'}})
     return Path(results)
 
 # %% ../../nbs/reporting/05_dual_view.ipynb #c20
@@ -291,11 +291,11 @@ def not_run_note(
     return notes
 
 def untuned_note(runs: Runs, models: Iterable[str]) -> list[str]:
-    "One sentence for each data set on which models of dual_view had no search; a variant counts as its model."
+    "One sentence for each data set on which models of dual_view had no search; a variant counts as its model where that was run."
     notes = []
     for dataset in runs.datasets():
         own = {m for (d, m, _), r in runs.records.items() if d == dataset and r.experiment == 'dual_view'}
-        names = dual_order(untuned(runs, dataset, {core_of(m) for m in models if m in own}, 'dual_view_search'))
+        names = dual_order(untuned(runs, dataset, {core_of(m) if core_of(m) in own else m for m in models if m in own}, 'dual_view_search'))
         if names: notes.append(f'**Not tuned**: on {dataset} no search was made for {listed(map(name_of, names))}, so a difference may be one of settings.')
     return notes
 #
@@ -898,8 +898,8 @@ def cost_table(runs: Runs, name: str = 'dual-view-cost') -> Table:
         seconds, seeds = spent[dataset, model]
         found['time/train_seconds'] = (seconds, None, seeds)
         core = WITH_IDS if class_of(model) == 'transductive' else L2REC
-        base, _ = spent.get((dataset, core), (0, 0))
-        times = seconds / base if base > 0 else None
+        base, of = spent.get((dataset, core), (0, 0))
+        times = seconds / base if base > 0 and min(seeds, of) > 1 else None
         share = 100 * found['parameters/trained'][0] / found['parameters/total'][0] if found['parameters/trained'] and found['parameters/total'] and found['parameters/total'][0] else None
         extra = {'share/trained': None if share is None else share / 100, 'ratio/train_seconds': times}
         long += [(dataset, model, k, *v, None, None) for k, v in found.items() if v] + [(dataset, model, k, v, None, seeds, None, None) for k, v in extra.items() if v is not None]
@@ -908,8 +908,8 @@ def cost_table(runs: Runs, name: str = 'dual-view-cost') -> Table:
                      '–' if times is None else f'{times:.2f}', *(cell(k) for k in ('time/epochs', 'time/items_per_second', 'memory/peak_mib'))))
     if not rows: raise ValueError(f'no run of {runs.experiment} has time/train_seconds')
     heads = (('', 'dataset'), ('', 'class'), ('', 'model'), ('', 'seeds'), ('', 'trained parameters'), ('', 'of all, %'), ('', 'training seconds'), ('', 'times L2Rec'), ('', 'epochs'), ('', 'items a second'), ('', 'peak MiB'))
-    caption = ('Training seconds: an epoch of the fastest seed, times the mean number of epochs; all others are means over seeds. Of all: trained parameters over all parameters, those of the frozen backbone among them. Times L2Rec: training seconds over those of L2Rec of the class. Items a second: items of training histories that are read. '
-               'Peak MiB: of the device, or of the process where it ran on the processor. Where a model has one seed, its time is of whatever load that run met; the ratios of *expert-efficiency* are measured in turns.')
+    caption = ('Training seconds: an epoch of the fastest seed, times the mean number of epochs; all others are means over seeds. Of all: trained parameters over all parameters, those of the frozen backbone among them. Times L2Rec: training seconds over those of L2Rec of the class; – where one of the two has one seed, whose time is of whatever load that run met, so that the ratio would tell the load and not the cost. Items a second: items of training histories that are read. '
+               'Peak MiB: of the device, or of the process where it ran on the processor. The ratios of *expert-efficiency* are measured in turns.')
     return Table(name, pl.DataFrame(long, schema=LONG, orient='row'), heads, tuple(rows), caption)
 
 def describe_cost(table: Table) -> str:
@@ -947,14 +947,29 @@ def search_rows(
     return replace(runs, metrics=every.join(pl.DataFrame(list(records), schema={'dataset': pl.String, 'model': pl.String, 'seed': every.schema['seed']}, orient='row'), on=['dataset', 'model', 'seed'], how='semi'), records=records)
 
 UNITS = {'tokens_per_second': 'tokens/s', 'gflops': 'GFLOP/s', 'share': 'share', 'bytes': 'B', 'parameters': 'parameters'}
+GOAL_SIZES = {'batch': 16, 'tokens': 256, 'layers': 6, 'width': 384, 'heads': 12, 'rank': 8, 'shared': 2, 'pool': 6}   # for which the goals of speed were set
+
+def measured_notes(runs: Runs) -> list[str]:
+    "Sentences for a table of speeds: numbers of rounds where its records differ in them, and which records have other sizes than those of the goals."
+    rounds, odd = {}, {}
+    for key in runs.keys():
+        record = runs.records[key]
+        had, table, machine = record.provenance.get('parameters') or {}, record.history(), machine_of(record)
+        if 'round' in table.columns: rounds.setdefault(machine, []).append(table['round'].n_unique())
+        if other := ', '.join(f'{k} {had.get(k)}, not {v}' for k, v in GOAL_SIZES.items() if had.get(k) != v): odd.setdefault((machine, other), []).append(str(key[2]))
+    differ = len({n for own in rounds.values() for n in own}) > 1
+    return [*(['**Rounds**: the records differ in their number: ' + '; '.join(f'{listed(map(str, own))} on {machine}' for machine, own in rounds.items()) + '.'] if differ else []),
+            *(f"**Other sizes**: on {machine}, seed{'s' * (len(seeds) > 1)} {listed(seeds)} measured at sizes for which no goal was set ({other}): in this table, not among what the claims judge." for (machine, other), seeds in odd.items())]
 
 def speed_table(
     runs: Runs, # of the experiment expert_efficiency
     name: str = 'expert-efficiency',
 ) -> Table:
-    "`efficiency_table` with rows for tokens a second, GFLOP/s, shares and counts."
+    "`efficiency_table` with rows for tokens a second, GFLOP/s, shares and counts, and with what the claims judge instead of its values."
     table = efficiency_table(runs, name, UNITS)
-    return replace(table, caption=table.caption + ' Below them, work done in a second, shares and counts.')
+    caption = table.caption + (' Below them, work done in a second, shares and counts. A value is the mean over the records of its machine, each with the median of its rounds; the claims judge the mean over all rounds of the records that have the sizes of the goals, '
+                               'so the two can differ.')
+    return replace(table, caption=caption, notes=(*table.notes, *measured_notes(runs)))
 
 # %% ../../nbs/reporting/05_dual_view.ipynb #c71
 def text_table(
@@ -1138,7 +1153,6 @@ def balance_prevents_collapse(runs: Runs) -> list[Effect]:
     return effects
 
 # %% ../../nbs/reporting/05_dual_view.ipynb #c79
-GOAL_SIZES = {'batch': 16, 'tokens': 256, 'layers': 6, 'width': 384, 'heads': 12, 'rank': 8, 'shared': 2, 'pool': 6}   # for which the goals of speed were set
 SPEED_GOALS = (   # name, ratio of expert_efficiency, what is asked of it, the goal, and whether the ratio is to lie above it (1) or below (-1)
     ('step-over-lora', 'step-over-lora-64', "A training step of one view takes at most {} of the time of one with PEFT's LoRA of rank 64 on the same matrices", {'float32': 1.05, 'bfloat16': .8}, -1),
     ('loop-over-step', 'loop-over-step', 'A step with a loop over the experts takes at least {} times as long as one with all of them in one product', {'float32': 2, 'bfloat16': 2}, 1),

@@ -625,7 +625,7 @@ def describe_search(table: Table) -> str:
     def column(metric): return table.long.filter(metric=metric).select('dataset', 'model', 'mean').rows()
     trials, seconds = column('search/trials'), column('search/seconds')
     counts = sorted({n for *_, n in trials})
-    text = (f'Every model had {counts[0]:.0f} trials on its dataset.' if len(counts) == 1 else
+    text = (f'Every searched model had {counts[0]:.0f} trials on its dataset.' if len(counts) == 1 else
             '**The budgets differ**: ' + listed(f'{d}/{m} {n:.0f}' for d, m, n in trials) + ' trials.') if counts else 'The records do not say how many trials were made.'
     if seconds:
         longest = max(seconds, key=lambda r: r[2])
