@@ -363,19 +363,19 @@ def test_one_adapter_a_model_and_none_after_deletion():
     with pytest.raises(RuntimeError, match="deleted"):
         run(model)
     for name in ("default", "second"):                 # its hooks and routers are still there: it is not laid over them
-        with pytest.raises(ValueError, match=r"carries an adapter already \(DPMoELinear layers\): unload"):
+        with pytest.raises(ValueError, match=r"carries an adapter already \(weights dpmoe_A\): unload"):
             model.add_adapter(name, DPMoEConfig(user_width=6))
     again = get_peft_model(model.base_model.unload(), DPMoEConfig(r=4, user_width=6))
     assert len(run(again)[1].gates) == 2
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")                # PEFT warns of it too, and goes on
-@pytest.mark.parametrize("first", [LoraConfig(target_modules=["query"]), DPMoEConfig(user_width=6)], ids=["lora", "dpmoe"])
-def test_no_adapter_over_an_adapter(first):
+@pytest.mark.parametrize("first, weights", [(LoraConfig(target_modules=["query"]), "lora_A"), (DPMoEConfig(user_width=6), "dpmoe_A")], ids=["lora", "dpmoe"])
+def test_no_adapter_over_an_adapter(first, weights):
     plain = backbone()
     get_peft_model(plain, first)
     names = [n for n, _ in plain.named_parameters()]
-    with pytest.raises(ValueError, match="carries an adapter already"):
+    with pytest.raises(ValueError, match=f"carries an adapter already .weights {weights}"):
         get_peft_model(plain, DPMoEConfig(user_width=6))
     assert [n for n, _ in plain.named_parameters()] == names
 

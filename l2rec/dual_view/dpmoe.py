@@ -456,8 +456,8 @@ class DPMoEModel(BaseTuner):
 
     def refuse_carried(self, model: nn.Module) -> None:
         "ValueError if there is an adapter in the model, of whatever method."
-        carried = next((type(m).__name__ for m in model.modules() if isinstance(m, BaseTunerLayer)), None)
-        if carried: raise ValueError(f"the backbone carries an adapter already ({carried} layers): unload() that one first, or load another backbone")
+        carried = next((m.adapter_layer_names[0] for m in model.modules() if isinstance(m, BaseTunerLayer)), None)
+        if carried: raise ValueError(f"the backbone carries an adapter already (weights {carried}): unload() that one first, or load another backbone")
 
     def _check_target_module_exists(self, config, key: str) -> bool: return key in self.places
 
