@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,19 @@ import polars as pl
 import pytest
 
 from l2rec.data.dataset import make_dataset, write_dataset
-from l2rec.training.plan import NotebookFailed, execute
-from l2rec.training.records import read_record
+from l2rec.data.splits import leave_last_out
+from l2rec.data.table import dataset_from_table
+from l2rec.dual_view.items import make_item_texts
+from l2rec.dual_view.model import load_l2rec
+from l2rec.training import warm
+from l2rec.training.models import MODELS
+from l2rec.training.plan import NotebookFailed, Run, execute, imported
+from l2rec.training.recommend import recommend
+from l2rec.training.records import read_record, record_path
+from test_dual_view_model import encoder
 
 ROOT = Path(__file__).resolve().parent.parent
-RETRIEVAL = ROOT / 'nbs/experiments/retrieval.ipynb'
+RETRIEVAL, DUAL_VIEW, DUAL_VIEW_SEARCH = (ROOT / f'nbs/experiments/{name}.ipynb' for name in ('retrieval', 'dual_view', 'dual_view_search'))
 
 
 def shop(users: int = 60, length: int = 9, items: int = 40) -> pl.DataFrame:
@@ -138,3 +147,102 @@ def test_a_wrong_parameter_of_cold_start_is_named(tmp_path, given, words, monkey
     monkeypatch.setenv('L2REC_DATA', str(tmp_path / 'data'))
     with pytest.raises(NotebookFailed) as error: execute(ROOT / 'nbs/experiments/cold_start.ipynb', tmp_path / 'run.ipynb', dict(dataset='ml-100k', **given), ROOT)
     assert words in str(error.value)
+
+
+COLUMNS = {'user': 'customer', 'item': 'sku', 'time': 'bought', 'title': 'name'}
+VIEWS = {'rank': 2, 'alpha': 4.0, 'shared': 1, 'semantic': 3, 'behaviour': 4, 'max_tokens': 20, 'item_tokens': 4, 'head_hidden': 16, 'dropout': 0.0, 'place_dropout': 0.0, 'text_dropout': 0.0}
+TOWER = {'width': 16, 'hidden': 16, 'dropout': 0.0, 'text_dropout': 0.0}
+
+
+@pytest.fixture(scope='module')
+def shelf(tmp_path_factory):
+    "A tiny encoder, orders of a shop, and what its articles are called: all but one are."
+    folder = tmp_path_factory.mktemp('shelf')
+    encoder(folder / 'encoder')
+    shop().write_csv(folder / 'orders.csv')
+    shop(items=12).write_csv(folder / 'few.csv')
+    pl.DataFrame({'sku': [f'article {i}' for i in range(40)], 'name': ['' if i == 7 else f'w{i} w{i // 8}' for i in range(40)]}).write_csv(folder / 'articles.csv')
+    write_dataset(dataset_from_table(folder / 'orders.csv', items=folder / 'articles.csv', **COLUMNS), folder / 'shop')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def kernels(shelf):
+    "The environment in which kernels are forks of one warm interpreter, as under make, so that a dozen notebooks import torch once."
+    line, libraries = shelf / 'line', imported([Run('demo', name, 'shop', 'l2rec') for name in ('dual_view', 'dual_view_search')], [], ROOT, MODELS)
+    given = {'L2REC_CACHE': str(shelf / 'cache'), warm.LIBRARIES: ' '.join(libraries)}
+    environment = {name: value for name, value in {**os.environ, **given}.items() if name != 'PYTEST_CURRENT_TEST'}
+    server = subprocess.Popen([sys.executable, '-m', 'l2rec.training.warm', 'serve', 'sh', '-c', f'echo "${warm.ADDRESS}" > "{line}.new" && mv "{line}.new" "{line}" && cat'],
+                              cwd=shelf, env=environment, stdin=subprocess.PIPE)
+    while not line.exists():
+        assert server.poll() is None
+        time.sleep(.05)
+    yield {**given, warm.ADDRESS: line.read_text().strip()}
+    server.stdin.close()                                                  # `cat` ends, and the interpreter with it
+    server.wait()
+
+
+@pytest.fixture
+def run(shelf, kernels, tmp_path):
+    "Execute a notebook of two views on the shop, or on what is given instead."
+    own = dict(table=str(shelf / 'orders.csv'), items_table=str(shelf / 'articles.csv'), table_columns=COLUMNS)
+    def execute_on_the_shop(notebook=DUAL_VIEW, root=ROOT, **given):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv('PYTEST_CURRENT_TEST', raising=False)            # changes from test to test, and no fork is made where the environment is another one
+            for name, value in kernels.items(): patch.setenv(name, value)
+            data = own if notebook == DUAL_VIEW else dict(dataset=str(shelf / 'shop'))
+            return execute(notebook, tmp_path / 'run.ipynb', {**data, **dict(encoder=str(shelf / 'encoder'), max_length=8, batch_size=16), **given}, root)
+    return execute_on_the_shop
+
+
+@pytest.mark.parametrize('model, hyperparameters', [('l2rec', VIEWS), ('lora', VIEWS), ('hllm', {**TOWER, 'rank': 2, 'item_tokens': 4})])
+def test_two_views_of_a_table_of_ones_own(run, shelf, tmp_path, monkeypatch, model, hyperparameters):
+    "Really trained and recorded; the lists are those of the model that is kept."
+    kept, lists, place = tmp_path / 'kept', tmp_path / 'out/lists.parquet', record_path(tmp_path, 'demo', 'dual_view', 'orders', model)
+    told = run(model=model, hyperparameters=hyperparameters, lr=1e-2, max_epochs=10, patience=10, every=2, record=str(place), recommendations=str(lists), k=3,
+               **(dict(kept=str(kept)) if model != 'hllm' else {}))
+    record, found = read_record(place), pl.read_parquet(lists)
+    assert record.metrics['test/ndcg@10'] > .5 and record.per_user().height == 60 and record.metrics['parameters/trained'] < record.metrics['parameters/total']
+    assert record.provenance['parameters']['model'] == model and not {'table', 'items_table', 'table_columns', 'recommendations', 'k', 'kept'} & record.provenance['parameters'].keys()
+    assert "'items without a text': 1" in str(told['cells'])
+    assert found.columns == ['user_id', 'item_id', 'rank', 'score', 'user', 'item'] and found.group_by('user_id').len()['len'].to_list() == [3] * 60
+    last = dict(shop().group_by('customer', maintain_order=True).last().select('customer', pl.col('sku').str.slice(8).cast(pl.Int64)).iter_rows())
+    first = found.filter(pl.col('rank') == 1)
+    assert np.mean([(last[user] + 1) % 40 == int(item.removeprefix('article ')) for user, item in first.select('user', 'item').iter_rows()]) > .5
+    if model == 'hllm': return
+    monkeypatch.setenv('L2REC_CACHE', str(shelf / 'cache'))
+    data = dataset_from_table(shelf / 'orders.csv', items=shelf / 'articles.csv', **COLUMNS)
+    split = leave_last_out(data)
+    again = recommend(load_l2rec(kept, split, make_item_texts(data, split, shelf / 'encoder')), split, 3, None, 8)
+    assert again.drop('score').equals(found.select('user_id', 'item_id', 'rank')) and np.allclose(again['score'], found['score'], atol=1e-5)
+
+
+@pytest.mark.parametrize('given, words', [
+    (dict(model='ease'), ("model='ease'", 'sasrec, sasrec-binary, gsasrec, l2rec, lora, unisrec, learn, hllm')),
+    (dict(model='hi-sam'), ("model='hi-sam'", 'l2rec')),
+    (dict(model='unisrec', kept='kept'), ("kept='kept': unisrec", 'l2rec, lora')),
+    (dict(kept=str(ROOT / 'nbs')), ('no kept model',)),
+    (dict(lr=-1.0), ('ValueError: lr=-1.0',)),
+    (dict(head_lr=-1.0), ('ValueError: head_lr=-1.0',)),
+    (dict(items_table=''), ("items_table=''", 'l2rec reads texts')),
+    (dict(table='few.csv'), ('dataset few', 'at least 20 items', '12')),
+    (dict(notebook=DUAL_VIEW_SEARCH, model='ease'), ("model='ease'", 'l2rec')),
+    (dict(notebook=DUAL_VIEW_SEARCH, grid={'lr': [1e-3], 'dropuot': [.1, .3]}, trials=2), ("takes 'dropuot'; did you mean 'dropout'?",)),
+])
+def test_a_wrong_parameter_of_two_views_is_named(run, shelf, given, words):
+    with pytest.raises(NotebookFailed) as error: run(**{**given, **({'table': str(shelf / given['table'])} if 'table' in given else {})})
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize('notebook', [DUAL_VIEW, DUAL_VIEW_SEARCH], ids=lambda path: path.stem)
+def test_a_record_outside_a_checkout_is_refused_before_the_training(run, tmp_path, notebook):
+    with pytest.raises(NotebookFailed) as error: run(notebook, root=tmp_path, record='record')
+    assert "record='record'" in str(error.value) and 'no l2rec checkout' in str(error.value)
+    assert 'Epoch' not in (tmp_path / 'run.ipynb').read_text()
+
+
+def test_a_search_of_two_views_without_learning_rates(run, tmp_path):
+    "What another model takes is left out, and said to be."
+    told = run(DUAL_VIEW_SEARCH, model='unisrec', grid={'heads': [1, 2], 'top_n': [1, 2]}, trials=2, hyperparameters=TOWER, max_epochs=1, record=str(tmp_path / 'record'))
+    assert json.loads((tmp_path / 'record/chosen.json').read_text())['hyperparameters'].keys() == {*TOWER, 'heads'}
+    assert pl.read_csv(tmp_path / 'record/history.csv').height == 2 and "unisrec does not take 'top_n'" in str(told['cells'])
