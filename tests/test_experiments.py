@@ -41,7 +41,7 @@ def test_a_table_of_ones_own_becomes_ranked_lists(tmp_path):
     execute(RETRIEVAL, tmp_path / 'run.ipynb', dict(table=str(table), columns={'user': 'customer', 'item': 'sku', 'time': 'bought'}, model='sasrec', lr=5e-3,
                                                     batch_size=16, max_epochs=15, hyperparameters={'width': 32, 'dropout': 0.1}, recommendations=str(lists), k=3), ROOT)
     found = pl.read_parquet(lists)
-    assert found.columns == ['user_id', 'item_id', 'rank', 'score']
+    assert found.columns == ['user_id', 'item_id', 'rank', 'score', 'user', 'item']
     assert found.group_by('user_id').len()['len'].to_list() == [3] * 60
     ordered = found.sort('user_id', 'rank')
     assert (ordered['score'].diff().filter(ordered['user_id'].diff() == 0) <= 0).all()
@@ -49,6 +49,7 @@ def test_a_table_of_ones_own_becomes_ranked_lists(tmp_path):
     names = sorted({f'article {i}' for i in range(40)})
     last = shop().group_by('customer', maintain_order=True).last()['sku'].str.slice(8).cast(pl.Int64)
     first = [int(names[i - 1].removeprefix('article ')) for i in found.filter(pl.col('rank') == 1).sort('user_id')['item_id']]
+    assert found.filter(pl.col('rank') == 1).sort('user_id')['item'].to_list() == [f'article {i}' for i in first] and found['user'].unique().sort().to_list() == shop()['customer'].unique().sort().to_list()
     assert np.mean((last.to_numpy() + 1) % 40 == np.array(first)) > .8
 
 

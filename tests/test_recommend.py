@@ -9,7 +9,7 @@ from l2rec.data.splits import leave_last_out, new_users
 from l2rec.training import recommend as recommending
 from l2rec.training.contracts import Retrieval, build
 from l2rec.training.models import model_class
-from l2rec.training.recommend import recommend, write_recommendations
+from l2rec.training.recommend import recommend, with_own_ids, write_recommendations
 from worlds import RETRIEVAL, dataset, random_dataset
 
 
@@ -116,3 +116,17 @@ def test_the_file_appears_whole_or_not_at_all(split, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="killed"):
         write_recommendations(table.head(1), path)
     assert path.read_bytes() == before
+
+
+def test_ids_of_ones_own_tables_stand_beside_the_canonical_ones(tmp_path):
+    from l2rec.data.table import dataset_from_table
+    rows = [(f"u{u}", f"é{(u + p) % 6}", p) for u in range(5) for p in range(4)]
+    pl.DataFrame(rows, schema=["who", "what", "day"], orient="row").write_csv(tmp_path / "o.csv")
+    data = dataset_from_table(tmp_path / "o.csv", user="who", item="what", time="day")
+    split = leave_last_out(data)
+    plain = recommend(Recorder(split.n_items), split, 2)
+    table = with_own_ids(plain, data)
+    assert table.columns == [*plain.columns, "user", "item"] and table.select(plain.columns).equals(plain)
+    seen = {(who, what) for who, what, _ in rows}
+    assert table["user"].unique().sort().to_list() == [f"u{u}" for u in range(5)] and not seen & set(zip(table["user"], table["item"]))
+    assert with_own_ids(plain, random_dataset(n_items=12)).equals(plain)           # a dataset that knows no other ids
