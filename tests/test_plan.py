@@ -143,6 +143,58 @@ def test_a_record_by_hand_or_damaged_is_stale(home):
     assert list(w.stale().values()) == ['made by hand, not by the plan', 'missing']
 
 
+WHY = 'only the wording of an error message changed'
+
+
+@pytest.mark.parametrize('change', [
+    lambda home: (home / 'l2rec/baselines/adder.py').write_text('STEP = 2\n'),
+    lambda home: notebook(home / 'nbs/experiments/search.ipynb', GIVEN + 'trials = 6', 'print(1)'),
+    lambda home: notebook(home / 'nbs/experiments/search.ipynb', GIVEN + 'trials = 6\nfewer = False'),
+], ids=['code', 'notebook', 'a parameter more'])
+def test_what_is_accepted_is_current_and_says_so(home, change):
+    make_records(work(home))
+    kept = {run.key: (run.folder(home / 'results') / 'metrics.json').read_bytes() for run in work(home).plan.runs}
+    change(home)
+    stale = list(work(home).stale())
+    assert p.accept(work(home), '', WHY) == stale and work(home).stale() == {} and p.accept(work(home), '', WHY) == []
+    for run in work(home).plan.runs:
+        provenance = json.loads((run.folder(home / 'results') / 'provenance.json').read_text())
+        assert (run.folder(home / 'results') / 'metrics.json').read_bytes() == kept[run.key]
+        assert ([note['why'] for note in provenance['accepted']] == [WHY]) if run.key in stale else 'accepted' not in provenance
+
+
+@pytest.mark.parametrize('change, stale', [
+    (lambda home: notebook(home / 'nbs/experiments/search.ipynb', GIVEN + 'trials = 7'), {'search/d/adder/seed-0': 'trials was 6, is 7'}),
+    (lambda home: notebook(home / 'nbs/experiments/retrieval.ipynb', GIVEN + 'variant = ""\nsearch_record = ""\nepochs = 5', 'print(epochs)'), dict.fromkeys(['retrieval/d/adder/seed-0', 'retrieval/d/adder/seed-1'], 'a parameter is gone')),
+    (lambda home: (home / 'data/d/manifest.json').write_text('{"sha256": {"interactions.parquet": "2"}}'), dict.fromkeys(['search/d/adder/seed-0', 'retrieval/d/adder/seed-0', 'retrieval/d/adder/seed-1'], 'its data changed')),
+], ids=['another value', 'a parameter less', 'data'])
+def test_what_may_have_moved_the_numbers_is_never_accepted(home, change, stale):
+    (home / 'data/d').mkdir(parents=True)
+    (home / 'data/d/manifest.json').write_text('{"sha256": {"interactions.parquet": "1"}}')
+    make_records(work(home))
+    (home / 'l2rec/baselines/adder.py').write_text('STEP = 2\n')          # which alone would be accepted
+    change(home)
+    kept = {run.key: (run.folder(home / 'results') / 'provenance.json').read_bytes() for run in work(home).plan.runs}
+    assert not set(p.accept(work(home), '', WHY)) & set(stale)
+    for key in stale: assert (work(home).find(key).folder(home / 'results') / 'provenance.json').read_bytes() == kept[key]
+    assert set(work(home).stale()) == set(stale)
+
+
+def test_accepting_takes_a_reason_a_choice_and_what_was_needed_as_they_are(home):
+    make_records(work(home))
+    for why in (None, '', 'it is fine'):
+        with pytest.raises(p.PlanError, match='say why'): p.accept(work(home), '', why)
+    # the plan gives the new parameter a value of its own: the record was made with another
+    notebook(home / 'nbs/experiments/search.ipynb', GIVEN + 'trials = 6\nfewer = False')
+    told = work(home, ALL.replace('model = "adder"\n', 'model = "adder"\nparameters = {fewer = true}\n', 1))
+    assert p.accept(told, '', WHY) == [] and told.stale()['search/d/adder/seed-0'] == 'its notebook changed'
+    # a search that chooses something else now
+    notebook(home / 'nbs/experiments/search.ipynb', GIVEN + 'trials = 6')
+    w = work(home)
+    write_record(w.plan.runs[0].folder(w.results), {'m': 1.}, provenance=dict(fingerprint=w.fingerprint(w.plan.runs[0])), files={'chosen.json': dict(lr=.2)})
+    assert set(w.stale().values()) == {'a run that it needs changed'} and p.accept(w, '', WHY) == []
+
+
 def test_makefile_lists_stale_runs_only_and_those_behind_them(home):
     w = work(home)
     make_records(w)
