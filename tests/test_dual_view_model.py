@@ -758,7 +758,9 @@ def test_experts_of_named_matrices(split, folders):
 
 
 def test_no_room_for_a_single_token(split, folders):
-    with pytest.raises(ValueError, match="max_tokens=2: 2 special tokens leave no room for an item"): make(split, folders, max_tokens=2)
+    with pytest.raises(ValueError, match="max_tokens=2: 2 special tokens leave no room for an item"): make(split, folders, max_tokens=2, reading="whole")
+    with pytest.raises(ValueError, match="max_tokens=1: 1 special tokens leave no room for an item"): make(split, folders, max_tokens=1)
+    make(split, folders, max_tokens=2)                                         # prefixes are read without the special token at the end
 
 
 def test_catalogue_digest():

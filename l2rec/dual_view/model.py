@@ -160,7 +160,7 @@ class L2Rec(Retrieval):
         self.register_buffer("trained", trained, persistent=False)
         self.register_buffer("prior", prior)
         self.tokens = token_table(items.texts, tokenizer, s.item_tokens) if "semantic" in s.views else None
-        if self.tokens is not None: room_for(s.max_tokens, len(self.tokens.before) + len(self.tokens.after))      # its error comes now
+        if self.tokens is not None: room_for(s.max_tokens, len(self.tokens.before) + (0 if self.by_prefix else len(self.tokens.after)))      # its error comes now
         d, D = width_of(backbone), self.items.width
         self.projector = BehaviourProjector(D, d, size=embedding_size(backbone)) if "behaviour" in s.views else None
         if s.fused_in == "items" and d != items.width: raise ValueError(f"fused_in='items': the item head reads text vectors of width {items.width} and the backbone's are {d} wide; make the texts' vectors with this backbone, or use fused_in='backbone'")

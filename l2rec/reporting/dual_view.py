@@ -674,7 +674,7 @@ def sparsity(runs: Runs) -> pl.DataFrame:
     table = pl.DataFrame(rows, schema=schema, orient='row').sort('dataset', 'model', 'percent')
     return table.filter(pl.len().over('dataset', 'model') > 1)
 
-_CURVE_STYLES = {L2REC: ('#D55E00', 'o'), WITH_IDS: ('#7A4FA3', 's'), 'unisrec': ('#009E73', '^'), 'unisrec+ids': ('#56B4E9', 'v'), 'learn': ('#8C6D1F', 'D'), 'hllm': ('#CC79A7', 'P')}
+_CURVE_STYLES = {L2REC: ('#D55E00', 'o'), WITH_IDS: ('#7A4FA3', 's'), 'unisrec': ('#009E73', '^'), 'unisrec+ids': ('#56B4E9', 'v'), 'learn': ('#8C6D1F', 'D'), 'hllm': ('#CC79A7', 'P'), 'lora': ('#000000', 'X')}
 
 def sparsity_figure(
     data: pl.DataFrame, # of `sparsity`
