@@ -10,7 +10,7 @@ import torch
 
 from l2rec.data.dataset import DataError, make_dataset
 from l2rec.data.splits import leave_last_out
-from l2rec.dual_view.items import COLDEST, ItemHead, ItemTexts, axes, beside_prior, cosine_in_batch, cosine_softmax, inverse_temperature, learned_temperature, make_item_texts, popularity_prior, word_vectors
+from l2rec.dual_view.items import COLDEST, ItemHead, ItemIds, ItemTexts, axes, beside_prior, cosine_in_batch, cosine_softmax, inverse_temperature, learned_temperature, make_item_texts, popularity_prior, word_vectors
 from worlds import table
 
 
@@ -227,6 +227,17 @@ def test_ids_start_small_and_are_all_that_is_added():
     assert {n for n, _ in transductive.named_parameters()} - {n for n, _ in inductive.named_parameters()} == {"id.weight"}
 
 
+def test_ids_of_their_own_are_the_ids_alone():
+    torch.manual_seed(0)
+    ids = ItemIds(200, 8)
+    assert len(ids) == 200 and ids.width == 8 and set(ids.state_dict()) == {"id.weight"} and .015 < ids.vectors().std() < .025
+    index = torch.tensor([[3, 199], [0, 3]])
+    assert ids.rows(index).equal(ids.vectors()[index]) and ids.rows(index).shape == (2, 2, 8)
+    ids.rows(index[0]).sum().backward()
+    assert ids.id.weight.grad.abs().sum(1).nonzero().flatten().tolist() == [3, 199]
+    with pytest.raises(ValueError, match="width=0: at least 1"): ItemIds(200, 0)
+
+
 def test_vectors_of_a_learning_encoder_go_the_same_way():
     items = texts(12, 8, missing=(4,))
     head = ItemHead(items, 5, hidden=6)
@@ -245,7 +256,7 @@ def test_head_defaults_dropout_and_state():
     assert set(head.state_dict()) == {"no_text", "mean", "turn", "linear.weight", "linear.bias"}
     low = head.to(torch.bfloat16).vectors()
     assert low.dtype == torch.bfloat16 and low.isfinite().all()
-    for wrong in (dict(width=0), dict(hidden=0), dict(dropout=1.), dict(whiten=-1.)):
+    for wrong in (dict(width=0), dict(hidden=0), dict(dropout=1.), dict(whiten=-1.), dict(ids="apart")):
         with pytest.raises(ValueError): ItemHead(items, **wrong)
 
 

@@ -198,7 +198,7 @@ def slow_pass(model, items, history):
 
 @pytest.mark.parametrize("kind", ["bert", "qwen3"])
 @pytest.mark.parametrize("how", [{}, dict(order="newest"), dict(max_length=3, max_tokens=9), dict(chunk_tokens=8), dict(chunk_tokens=10**6), dict(width=10, ids=True), dict(residual=False), dict(fused_in="items"), dict(fused_in="items", width=10, head_hidden=6),
-                                 dict(fused_in="scores", ids=True), dict(fused_in="scores", width=10, head_hidden=6), dict(fused_in="scores", residual=False, order="newest")], ids=str)
+                                 dict(fused_in="scores", ids=True), dict(fused_in="scores", width=10, head_hidden=6), dict(fused_in="scores", residual=False, order="newest"), dict(fused_in="scores", ids="apart"), dict(fused_in="scores", ids="apart", width=10)], ids=str)
 def test_the_pass_is_that_of_one_user_at_a_time(split, folders, kind, how):
     items = texts_of(split, fused_in=how.get("fused_in"))
     model, histories = make(split, folders, kind, items=items, reading="whole", **how).double().eval(), random_histories(shortest=1)
@@ -265,6 +265,25 @@ def test_one_view_that_answers_apart_is_that_view(split, folders):
     for view in VIEWS:
         one, plain = (make(split, folders, views=(view,), fused_in=fused_in) for fused_in in ("scores", "backbone"))
         assert one.text_answer is None and one.scores(batch_of([[1, 2], [5]])).equal(plain.scores(batch_of([[1, 2], [5]])))
+
+
+def test_ids_apart_leave_the_texts_to_the_semantic_view(split, folders):
+    """The behaviour view's answer does not depend on any text, nor the semantic view's item vectors on any id; and one view of ids is that half of the model."""
+    own, histories = dict(fused_in="scores", ids="apart", adapter="none"), batch_of(random_histories(shortest=1))
+    model, other = (make(split, folders, items=texts_of(split, seed=seed, without=without), **own).eval() for seed, without in ((0, (3,)), (1, (2, 5))))
+    first, second = model.represent(histories), other.represent(histories)
+    assert first["answers"]["behaviour"].equal(second["answers"]["behaviour"]) and not torch.allclose(first["answers"]["semantic"], second["answers"]["semantic"], atol=1e-3)
+    D = model.items.width
+    torch.testing.assert_close(model.catalogue()[:, D:], other.catalogue()[:, D:])
+    assert not torch.allclose(model.catalogue()[:, :D], other.catalogue()[:, :D], atol=1e-3)
+    with torch.no_grad(): model.items.id.weight.normal_()
+    assert model.text_answer.items.id is None
+    torch.testing.assert_close(make(split, folders, items=texts_of(split), **own).catalogue()[:, :D], model.catalogue()[:, :D])
+    assert [type(head).__name__ for head in model.item_heads()] == ["ItemHead"]
+    alone = make(split, folders, items=texts_of(split), **{**own, "views": ("behaviour",)}, shaken=False).eval()
+    alone.load_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith("text_answer")})
+    torch.testing.assert_close(alone.encode(histories), torch.nn.functional.normalize(model.represent(histories)["answers"]["behaviour"], dim=-1))
+    assert alone.item_heads() == [] and alone.tokens is None
 
 
 def test_views_that_answer_apart_have_losses_of_their_own(split, folders):
@@ -389,12 +408,22 @@ def test_loss_is_its_parts(split, folders, targets, reading):
     assert value.item() == pytest.approx(contrastive + .1 * parts["bpc"].item() + .01 * balance, rel=1e-4) and parts["total"].item() == value.item()
 
 
+def test_the_share_of_questions_asked_is_told(split, folders):
+    """All where both views have room, the newest places that both have read where one has not, one of each window where histories are read whole."""
+    batch = Windows(split, 7)[np.arange(8)]
+    asked = lambda **how: make(split, folders, **how).loss(batch)[1]["asked"].item()
+    assert asked(max_tokens=64) == 1 and asked(reading="whole", cuts=1) == pytest.approx(8 / len(batch.history))
+    assert asked(max_length=3, max_tokens=64) == pytest.approx(24 / len(batch.history))
+    short = make(split, folders, max_tokens=9)
+    assert asked(max_tokens=9) == pytest.approx(len(short.represent(batch, every=True)["h"]) / len(batch.history)) and asked(max_tokens=9) < 1
+
+
 @readings
 def test_the_same_target_everywhere(split, folders, reading):
     model = make(split, folders, targets="batch", bpc_weight=0., balance_weight=0., reading=reading)
     value, parts = model.loss(batch_of([[1], [2], [5]], [[4], [4], [4]]))
     value.backward()
-    assert value.item() == 0 and list(parts) == ["contrastive", "total"]
+    assert value.item() == 0 and list(parts) == ["contrastive", "total", "asked"]
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters())
     assert make(split, folders, reading=reading).loss(batch_of([[1], [2]], [[4], [4]]))[0].isfinite()
 
@@ -480,7 +509,7 @@ def test_bfloat16_autocast(split, folders, reading):
                                  dict(bpc_weight=0., balance_weight=0.), dict(targets="batch"), dict(width=10), dict(reading="whole", adapter="lora"), dict(reading="whole", semantic=0), dict(reading="whole", views=("semantic",)),
                                  dict(reading="whole", views=("behaviour",)), dict(reading="whole", pooling="cls", behaviour_pooling="last"), dict(reading="whole", order="newest"), dict(reading="whole", cuts=3),
                                  dict(reading="whole", targets="batch"), dict(pooling="newest", behaviour_pooling="auto"),
-                                 dict(fused_in="scores"), dict(fused_in="scores", reading="whole", cuts=2), dict(fused_in="scores", targets="batch", width=10, ids=True), dict(fused_in="scores", views=("semantic",))], ids=str)
+                                 dict(fused_in="scores"), dict(fused_in="scores", reading="whole", cuts=2), dict(fused_in="scores", targets="batch", width=10, ids=True), dict(fused_in="scores", views=("semantic",)), dict(fused_in="scores", ids="apart"), dict(fused_in="scores", targets="batch", width=10, ids="apart"), dict(ids="apart", views=("behaviour",))], ids=str)
 def test_every_switch_trains_and_ranks(split, folders, how):
     model = make(split, folders, shaken=False, **how)
     value, parts = model.loss(Windows(split, 7)[np.arange(10)])
@@ -574,6 +603,9 @@ def test_histories_longer_than_the_position_table(split, tmp_path, reading):
 
 @pytest.mark.parametrize("wrong, message", [(dict(cuts=0), "cuts=0: at least 1"), (dict(max_tokens=0), "max_tokens=0"), (dict(rank=0), "rank=0"), (dict(bpc_weight=-1.), "bpc_weight=-1.0: at least 0"),
                                             (dict(fused_in="text"), "fused_in.*'text'"),
+                                            (dict(ids="own"), "ids='own': False, True .* or 'apart'"),
+                                            (dict(ids="apart"), "ids='apart': .*not with fused_in='backbone'; use fused_in='scores', or ids=True"),
+                                            (dict(ids="apart", views=("semantic",)), "ids='apart': it is the behaviour view that reads ids alone"),
                                             (dict(targets="all"), "targets 'all'"), (dict(adapter="loar"), "did you mean 'lora'"), (dict(views=("semantics",)), "did you mean 'semantic'"), (dict(views=()), "views"),
                                             (dict(fusion="sum"), "fusion mode 'sum'"), (dict(top_n=9), "top_n=9"), (dict(dropout=1.), "dropout=1.0"), (dict(text_dropout=1.), "text_dropout=1.0"), (dict(temperature=0.), "temperature=0.0"),
                                             (dict(routing="rando"), "did you mean 'random'"), (dict(attention="flash"), "attention='flash'"), (dict(dtype="bfloat"), "did you mean 'bfloat16'"), (dict(chunk_tokens=0), "chunk_tokens=0"), (dict(layers=[7]), "layers"),
@@ -684,7 +716,7 @@ def test_one_way_to_set_up(folders, monkeypatch):
 # --- kept models ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [{}, dict(adapter="lora"), dict(adapter="none"), dict(ids=True, views=("behaviour",), signals=("context",)), dict(fused_in="scores", ids=True), dict(fused_in="scores", words=4), dict(prior=.5), dict(target_modules=["query", "value"], layers=[0])], ids=str)
+@pytest.mark.parametrize("how", [{}, dict(adapter="lora"), dict(adapter="none"), dict(ids=True, views=("behaviour",), signals=("context",)), dict(fused_in="scores", ids=True), dict(fused_in="scores", ids="apart"), dict(ids="apart", views=("behaviour",)), dict(fused_in="scores", words=4), dict(prior=.5), dict(target_modules=["query", "value"], layers=[0])], ids=str)
 def test_kept_models_are_the_same(split, folders, tmp_path, how):
     model, batch = make(split, folders, **how).eval(), batch_of(random_histories())
     folder = save_l2rec(model, tmp_path / "model")

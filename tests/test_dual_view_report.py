@@ -173,6 +173,18 @@ def test_notes_on_a_partial_grid(runs, own):
     (note,) = dual_view.untuned_note(replace(alone, records={k: r for k, r in alone.records.items() if k[1] in alone.models()}), ['unisrec+words', 'l2rec+no-bpc'])   # their models were not run
     assert 'for UniSRec-like (with words), so' in note
 
+def test_unlike_histories_are_told(runs, tmp_path):
+    assert dual_view.history_note(runs, ['l2rec', 'unisrec']) == []                                  # no record says how far back it read
+    def told(model, **parameters):
+        base, _, variant = model.partition('+')
+        write_record(record_path(tmp_path, 'demo', 'dual_view', BOOKS, base, variant, 0), {'test/ndcg@10': .1}, pl.DataFrame({'user_id': [1], 'ndcg@10': [.1]}), provenance={'seed': 0, 'parameters': parameters})
+    told('l2rec', max_length=12, hyperparameters={'max_tokens': 48})
+    told('l2rec+behaviour-only', max_length=12, hyperparameters={'max_tokens': 48, 'views': ['behaviour']})
+    told('unisrec', max_length=20, hyperparameters={})
+    read = lambda models: dual_view.history_note(tables.read_experiment(tmp_path, 'demo', 'dual_view'), models)
+    assert read(['unisrec', 'l2rec', 'l2rec+behaviour-only']) == [f'**Histories**: on {BOOKS} training and test read no further back than 12 items, as text 48 tokens: L2Rec; 12 items: behaviour view only; 20 items: UniSRec-like.']
+    assert read(['unisrec']) == []
+
 def test_the_ablation(runs, parts):
     table = dual_view.ablation_table(runs, parts)
     assert [r[2] for r in table.rows] == ['L2Rec', *dual_view.PARTS.values(), 'two-view LoRA', 'L2Rec with ids', 'no BPC (with ids)', 'two-view LoRA with ids']
@@ -180,7 +192,7 @@ def test_the_ablation(runs, parts):
     assert table.notes[0].startswith('**More than one part**: ') and '*semantic view only* and *behaviour view only* each: lacks ACF and BPC too' in table.notes[0] and dual_view.also_note(['l2rec+no-bpc']) == []
     assert '*views fused in their scores* and *views fused in their scores, with words* each: lacks ACF' in dual_view.also_note(['l2rec+fused-in-scores', 'l2rec+fused-in-scores-words'])[0]
     said = dual_view.describe_ablation(parts)
-    assert 'L2Rec (27 variants): the largest loss is that of *frozen backbone (heads only)' in said and 'Below L2Rec, by an interval that excludes zero: ' in said
+    assert 'L2Rec (28 variants): the largest loss is that of *frozen backbone (heads only)' in said and 'Below L2Rec, by an interval that excludes zero: ' in said
     hurt = parts.with_columns(mean=-.01, ci_low=-.02, ci_high=-.005)
     assert 'none lies below it. **Above L2Rec**: no shared experts' in dual_view.describe_ablation(hurt)
     with pytest.raises(ValueError, match='no run of dual_view is a variant of L2Rec'): dual_view.ablation_table(dual_view.within(runs, ['l2rec', 'learn']))

@@ -30,7 +30,7 @@ from ..data.splits import Split, training_counts
 from .backbone import is_causal, load_backbone, takes_pair_masks, token_table
 from .dpmoe import VIEWS, DPMoEConfig, Prefixes, Routes, find_places, width_of
 from .fusion import ACF, AgingMean
-from .items import ItemHead, ItemTexts, beside_prior, cosine_in_batch, cosine_softmax, inverse_temperature, learned_temperature, make_item_texts, popularity_prior, unit
+from .items import ItemHead, ItemIds, ItemTexts, beside_prior, cosine_in_batch, cosine_softmax, inverse_temperature, learned_temperature, make_item_texts, popularity_prior, unit
 from .preference import bpc_loss
 from .router import SIGNALS, Router, one_of
 from .views import BehaviourProjector, amounts_before, behaviour_input, embedding_size, filled, item_prefixes, length_chunks
@@ -125,7 +125,7 @@ class Answer(nn.Module):
 
     def __init__(self, items: ItemTexts, s: SimpleNamespace, d: int, views: tuple[str, ...]):
         super().__init__()
-        self.items = ItemHead(items, s.width, s.head_hidden, s.ids, s.text_dropout, words=s.words)
+        self.items = ItemHead(items, s.width, s.head_hidden, s.ids is True, s.text_dropout, words=s.words)
         answers_with(self, s, d, views)
 
 
@@ -144,6 +144,10 @@ class L2Rec(Retrieval):
         if one_of(s.targets, ("catalogue", "batch"), "targets") == "batch" and prior is not None and s.prior_in_loss:
             raise ValueError(f"prior={s.prior}: with targets='batch' popular items are the more often negatives, which takes their popularity out of the loss again; use targets='catalogue', or prior_in_loss=False")
         one_of(s.fused_in, ("backbone", "items", "scores"), "fused_in")
+        if not isinstance(s.ids, bool):
+            if s.ids != "apart": raise ValueError(f"ids={s.ids!r}: False, True (added to the vector of its text) or 'apart' (in its place, in the behaviour view)")
+            if "behaviour" not in s.views: raise ValueError("ids='apart': it is the behaviour view that reads ids alone, and views leaves it out; add it, or use ids=True")
+            if "semantic" in s.views and s.fused_in != "scores": raise ValueError(f"ids='apart': views of different items can meet in their scores alone, not with fused_in='{s.fused_in}'; use fused_in='scores', or ids=True")
         if one_of(s.reading, ("prefixes", "whole"), "reading") == "prefixes":
             if s.order != "oldest": raise ValueError(f"order={s.order!r}: prefixes begin with the oldest item; order='newest' is for reading='whole'")
             for name in ("pooling", "behaviour_pooling"): one_of(getattr(s, name), ("auto", "newest", "mean", "last"), name)
@@ -156,7 +160,7 @@ class L2Rec(Retrieval):
         if self.by_prefix and not takes_pair_masks(backbone):
             raise ValueError(f"reading='prefixes': {type(backbone).__name__} takes no mask of pairs of tokens, so it cannot read all prefixes in one pass; use reading='whole'")
         if s.words and s.fused_in == "items": raise ValueError(f"words={s.words}: with fused_in='items' the semantic view goes through the item head as a text vector, and that has no words; use fused_in='backbone' or 'scores', or words=0")
-        self.items = ItemHead(items, s.width, s.head_hidden, s.ids, s.text_dropout, words=s.words)
+        self.items = ItemIds(len(items), s.width or items.width) if s.ids == "apart" else ItemHead(items, s.width, s.head_hidden, s.ids, s.text_dropout, words=s.words)
         self.register_buffer("trained", trained, persistent=False)
         self.register_buffer("prior", prior)
         self.tokens = token_table(items.texts, tokenizer, s.item_tokens) if "semantic" in s.views else None
@@ -179,11 +183,11 @@ class L2Rec(Retrieval):
         self.readout.bias.zero_()
 
     @property
-    def n_items(self) -> int: return len(self.items.text)
+    def n_items(self) -> int: return len(self.items)
 
     def item_heads(self) -> list[ItemHead]:
-        "One, or one of each view that answers apart."
-        return [self.items] if self.text_answer is None else [self.text_answer.items, self.items]
+        "Those that read texts: one, or one of each view that answers apart."
+        return [to.items for to in (self.text_answer, self) if to is not None and isinstance(to.items, ItemHead)]
 
 # %% ../../nbs/dual_view/08_model.ipynb #c16
 class L2Rec(L2Rec):
@@ -192,7 +196,7 @@ class L2Rec(L2Rec):
                    items: ItemTexts,                    # texts of the split's items, see `make_item_texts`
                    encoder: str | Path = MINILM,        # the backbone, see `load_backbone`
                    blocks: int | None = None,           # keep its first blocks; None: all
-                   ids: bool = False,                   # a learned vector of each item beside its text: transductive
+                   ids: bool | str = False,             # a learned vector of each item: transductive; True: added to its text's, "apart": in its place in the behaviour view
                    rank: int = 8, alpha: float = 16.,   # of an expert; scale alpha / rank
                    shared: int = 2, semantic: int = 6, behaviour: int = 6, # experts
                    top_n: int = 2,                      # of a pool, for each sequence
@@ -445,7 +449,8 @@ class L2Rec(L2Rec):
         if out["routes"] and s.balance_weight:
             parts["balance"] = torch.stack([route.balance() for route in out["routes"].values()]).mean()
             total = total + s.balance_weight * parts["balance"]
-        return total, {**{name: value.detach() for name, value in parts.items()}, "total": total.detach()}
+        asked = total.new_tensor(len(following) / len(batch.following))
+        return total, {**{name: value.detach() for name, value in parts.items()}, "total": total.detach(), "asked": asked}
 
     parameter_groups = optimiser_groups
 
