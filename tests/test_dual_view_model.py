@@ -159,7 +159,7 @@ def apart(model, views, history):
         x = x + to.fusion.project[view].weight @ x + to.fusion.project[view].bias
         x = (x - x.mean()) / (((x - x.mean()) ** 2).mean() + to.fusion.norm.eps).sqrt() * to.fusion.norm.weight + to.fusion.norm.bias
         if own.shape[1] != len(x): x = to.readout.weight @ x + to.readout.bias
-        if model.settings.residual: x = x / math.sqrt(own.shape[1]) + aging_mean(to, own, history)
+        if model.settings.residual and not (view == "behaviour" and model.settings.ids == "apart"): x = x / math.sqrt(own.shape[1]) + aging_mean(to, own, history)
         answers.append(x / x.norm())
     return torch.cat(answers) / math.sqrt(2)
 

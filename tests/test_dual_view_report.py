@@ -192,7 +192,7 @@ def test_the_ablation(runs, parts):
     assert table.notes[0].startswith('**More than one part**: ') and '*semantic view only* and *behaviour view only* each: lacks ACF and BPC too' in table.notes[0] and dual_view.also_note(['l2rec+no-bpc']) == []
     assert '*views fused in their scores* and *views fused in their scores, with words* each: lacks ACF' in dual_view.also_note(['l2rec+fused-in-scores', 'l2rec+fused-in-scores-words'])[0]
     said = dual_view.describe_ablation(parts)
-    assert 'L2Rec (28 variants): the largest loss is that of *frozen backbone (heads only)' in said and 'Below L2Rec, by an interval that excludes zero: ' in said
+    assert 'L2Rec (29 variants): the largest loss is that of *frozen backbone (heads only)' in said and 'Below L2Rec, by an interval that excludes zero: ' in said
     hurt = parts.with_columns(mean=-.01, ci_low=-.02, ci_high=-.005)
     assert 'none lies below it. **Above L2Rec**: no shared experts' in dual_view.describe_ablation(hurt)
     with pytest.raises(ValueError, match='no run of dual_view is a variant of L2Rec'): dual_view.ablation_table(dual_view.within(runs, ['l2rec', 'learn']))
@@ -206,6 +206,13 @@ def test_a_part_that_l2rec_was_chosen_without(runs):
     (notes,) = [n for n in dual_view.ablation_table(chosen).notes if n.startswith('**Not run** on made-up-')][:1]
     assert 'no shared experts' in notes and 'BPC' not in notes and 'tokens' not in notes
     assert dual_view.bpc_helps(runs) == dual_view.part_helps('no-bpc')(runs)   # where both were run, the part that was left out
+
+
+def test_a_claim_of_longer_histories_where_they_were_run(runs):
+    for mine, whose in (('l2rec', 'l2rec+long'), ('learn', 'learn')):
+        for effect, other in zip(dual_view.or_cut_short(lambda far: dual_view.better(far(mine), 'unisrec'))(runs), dual_view.better(whose, 'unisrec')(runs), strict=True):
+            assert effect.value == other.value and effect.seeds == other.seeds + (', with longer histories' if mine == 'l2rec' else '')
+    assert dual_view.name_of('l2rec+ids-fused-in-scores-apart-long') == 'views fused in their scores, ids in place of texts in the behaviour view, with longer histories (with ids)'
 
 
 def test_an_ablation_on_a_share_of_the_users_has_the_names_of_the_whole(runs):

@@ -116,7 +116,7 @@ def answers_with(to: nn.Module, s: SimpleNamespace, d: int, views: tuple[str, ..
     D = to.items.width
     to.fusion = ACF(D if s.fused_in == "items" else d, s.fusion, views)
     to.readout = nn.Identity() if d == D else nn.Linear(d, D)
-    to.aging = AgingMean() if s.residual else None
+    to.aging = AgingMean() if s.residual and isinstance(to.items, ItemHead) else None
     to.log_temperature = learned_temperature(s.temperature)
 
 
@@ -205,7 +205,7 @@ class L2Rec(L2Rec):
                    adapter: str = "dpmoe",              # or "lora", "none"
                    fusion: str = "acf",                 # or "mean", "concat"
                    fused_in: str = "backbone",          # where the views meet: in the "backbone"'s space, in that of "items", or in the "scores" alone
-                   residual: bool = True,               # the views correct the history's aging mean, see `AgingMean`
+                   residual: bool = True,               # the views correct the history's aging mean, see `AgingMean`; not among ids apart
                    views: tuple[str, ...] = VIEWS,
                    bpc_weight: float = .1, bpc_temperature: float = .1,
                    balance_weight: float = .01,
