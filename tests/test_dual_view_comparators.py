@@ -1,6 +1,7 @@
 """The comparators of L2Rec: later targets pair by pair, what a vector may depend on, cold items, a text encoder that learns, checkpoints."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -299,6 +300,39 @@ def test_ids_change_nothing_but_the_items(split, items, folder):
 
 
 # --- the encoder that learns ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [UniSRecLike, LEARNLike])
+@pytest.mark.parametrize("prior", [0., .6])
+def test_ids_apart_are_a_second_model_of_ids_alone(cls, prior, split, items, folder):
+    """The text's half is the model without ids, to its loss; the other half reads no text; scores are means of both cosines, beside the prior and the mean temperature."""
+    own = dict(residual=True, prior=prior)
+    model, plain = stir(make(cls, split, items, folder, ids="apart", **own)), make(cls, split, items, folder, **own).eval()
+    with torch.no_grad():
+        for name in ("log_temperature", "own.log_temperature"): model.get_parameter(name).copy_(torch.tensor({"log_temperature": -2., "own.log_temperature": -1.5}[name]))
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith("own.")})
+    asked, window = Targets(split, "test", max_length=10)[np.arange(8)], Windows(split, max_length=10)[np.arange(6)]
+    ids, e = model.own.tower.newest(model.own.items.vectors()[asked.history], asked), normalize(model.own.items.id.weight, dim=1)
+    texts = model.tower.newest(model.head.rows(asked.history), asked) @ normalize(model.head.vectors(), dim=1).T
+    temperature = (math.exp(-2.) + math.exp(-1.5)) / 2
+    torch.testing.assert_close(model.scores(asked), (texts + ids @ e.T) / 2 + (0. if model.prior is None else temperature * model.prior))
+    if model.prior is None: torch.testing.assert_close(plain.scores(asked), texts)
+    assert model.own.tower.aging is None and model.head.id is None
+    value, parts = model.loss(window)
+    alone = plain.loss(window)[0]
+    (value - alone).backward()                                            # what is left is the ids' own
+    assert parts["contrastive"] == value
+    for name, p in plain.named_parameters(): torch.testing.assert_close(model.get_parameter(name).grad, -p.grad)
+    assert model.own.items.id.weight.grad.abs().sum() > 0
+    logits = normalize(model.own.tower(model.own.items.vectors()[window.history], window)[0], dim=1) @ e.T / math.exp(-1.5)
+    logits = (logits if model.prior is None else logits + model.prior)[:, model.trained]
+    if cls is UniSRecLike: torch.testing.assert_close(value - alone, torch.nn.functional.cross_entropy(logits, (model.trained.cumsum(0) - 1)[window.following]))
+    groups = model.parameter_groups(1e-4, 1e-3, .1)
+    assert next(g for g in groups if any(p is model.own.items.id.weight for p in g["params"]))["weight_decay"] == 0
+
+
+def test_only_one_kind_of_ids_for_hllm(split, items, folder):
+    with pytest.raises(ValueError, match="ids='apart': True or False"): make(HLLMLike, split, items, folder, ids="apart")
 
 
 def test_hllm_starts_as_unisrec(split, items, folder):

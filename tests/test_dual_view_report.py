@@ -212,7 +212,7 @@ def test_a_claim_of_longer_histories_where_they_were_run(runs):
     for mine, whose in (('l2rec', 'l2rec+long'), ('learn', 'learn')):
         for effect, other in zip(dual_view.or_cut_short(lambda far: dual_view.better(far(mine), 'unisrec'))(runs), dual_view.better(whose, 'unisrec')(runs), strict=True):
             assert effect.value == other.value and effect.seeds == other.seeds + (', with longer histories' if mine == 'l2rec' else '')
-    assert dual_view.name_of('l2rec+ids-fused-in-scores-apart-long') == 'views fused in their scores, ids in place of texts in the behaviour view, with longer histories (with ids)'
+    assert dual_view.name_of('l2rec+ids-fused-in-scores-apart-long') == 'views fused in their scores, ids apart from the texts, with longer histories (with ids)' and dual_view.name_of('unisrec+ids-apart') == 'UniSRec-like with ids (ids apart from the texts)'
 
 
 def test_an_ablation_on_a_share_of_the_users_has_the_names_of_the_whole(runs):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLDEST', 'ItemTexts', 'make_item_texts', 'axes', 'word_vectors', 'ItemHead', 'ItemIds', 'unit',
-           'learned_temperature', 'inverse_temperature', 'popularity_prior', 'beside_prior', 'cosine_softmax',
-           'cosine_in_batch']
+           'learned_temperature', 'inverse_temperature', 'popularity_prior', 'beside_prior', 'side_by_side',
+           'cosine_softmax', 'cosine_in_batch']
 
 # %% ../../nbs/dual_view/03_items.ipynb #c02
 import difflib
@@ -232,6 +232,12 @@ def beside_prior(vectors: Tensor,      # Float[..., D], of length 1
                  ) -> Tensor:
     "Float[..., D + 1], or the vectors themselves without a prior. Products of users with items are cos(u, v) + temperature * prior."
     return vectors if other is None else torch.cat([vectors, other.expand(vectors.shape[:-1])[..., None].to(vectors.dtype)], -1)
+
+
+def side_by_side(*answers: Tensor # Float[..., D] each
+                 ) -> Tensor:
+    "n vectors as one of length 1, Float[..., nD], whose products with others made likewise are the means of the n cosines; one vector as it is."
+    return answers[0] if len(answers) == 1 else torch.cat([unit(x) for x in answers], -1) * len(answers) ** -.5
 
 
 def cosine_softmax(users: Tensor,               # Float[N, D], of any length: normalised here

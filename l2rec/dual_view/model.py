@@ -30,7 +30,7 @@ from ..data.splits import Split, training_counts
 from .backbone import is_causal, load_backbone, takes_pair_masks, token_table
 from .dpmoe import VIEWS, DPMoEConfig, Prefixes, Routes, find_places, width_of
 from .fusion import ACF, AgingMean
-from .items import ItemHead, ItemIds, ItemTexts, beside_prior, cosine_in_batch, cosine_softmax, inverse_temperature, learned_temperature, make_item_texts, popularity_prior, unit
+from .items import ItemHead, ItemIds, ItemTexts, beside_prior, cosine_in_batch, cosine_softmax, inverse_temperature, learned_temperature, make_item_texts, popularity_prior, side_by_side, unit
 from .preference import bpc_loss
 from .router import SIGNALS, Router, one_of
 from .views import BehaviourProjector, amounts_before, behaviour_input, embedding_size, filled, item_prefixes, length_chunks
@@ -343,11 +343,6 @@ class L2Rec(L2Rec):
         return self._through("behaviour", offsets.diff().clamp(max=self.places), make)
 
 # %% ../../nbs/dual_view/08_model.ipynb #c26
-def _side_by_side(semantic: Tensor, behaviour: Tensor) -> Tensor:
-    "Two vectors as one of length 1, whose products are means of the two cosines."
-    return torch.cat([unit(semantic), unit(behaviour)], -1) * .5 ** .5
-
-
 class L2Rec(L2Rec):
     def _meeting(self, view: str, x: Tensor) -> Tensor:
         "A view where it is fused, Float[K, d]; or as an item vector, the text's through the items' head, with elements of size 1, Float[K, D]."
@@ -395,7 +390,7 @@ class L2Rec(L2Rec):
         if self.text_answer is not None:
             if text_vectors is None: text_vectors = self.text_answer.items.rows(batch.history)
             answers = {"semantic": self._answer(self.text_answer, out, in_slots(text_vectors), offsets, at)[0], "behaviour": h}
-            h, gamma = _side_by_side(*answers.values()), torch.full_like(gamma, .5)
+            h, gamma = side_by_side(*answers.values()), torch.full_like(gamma, .5)
         return {"h": h, **out, "gamma": gamma, "answers": answers, "user": user[wanted], "routes": routes, **({"at": (real.cumsum(0) - 1)[wanted]} if every else {})}
 
     @torch.no_grad()
@@ -407,7 +402,7 @@ class L2Rec(L2Rec):
     def catalogue(self) -> Tensor:
         "Item vectors of length 1, Float[I, D], or Float[I, 2D] with `fused_in='scores'`; with a prior that of each item in one column more."
         vectors = self.items.vectors()
-        if self.text_answer is not None: vectors = _side_by_side(self.text_answer.items.vectors(), vectors)
+        if self.text_answer is not None: vectors = side_by_side(self.text_answer.items.vectors(), vectors)
         return beside_prior(unit(vectors), self.prior)
 
 # %% ../../nbs/dual_view/08_model.ipynb #c38

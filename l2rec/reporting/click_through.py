@@ -24,7 +24,7 @@ __all__ = ['HISAM', 'MODELS', 'RIVALS', 'FLOORS', 'PARTS', 'SIZES', 'EXAMPLE_SKI
            'cost_table', 'describe_cost', 'latency_curves', 'panel_name', 'latency_figure', 'series_labels',
            'describe_latency', 'choices', 'click_search_table', 'describe_click_search', 'pairs', 'beats',
            'gains_more_when_cold', 'frozen', 'every_run', 'lowest_shared_use', 'fewest_collisions', 'told_apart',
-           'elsewhere', 'over_rounds', 'time_saved']
+           'elsewhere', 'other_sizes', 'over_rounds', 'time_saved']
 
 # %% ../../nbs/reporting/04_click_through.ipynb #c02
 import json
@@ -1356,6 +1356,12 @@ def elsewhere(experiment: str, measure: Callable[[Runs], list[Effect]]) -> Calla
 
 LATENCY = 'latency-all-tokens'
 
+def other_sizes(record, sizes: Mapping[str, int] # parameters that it should have been measured with
+                ) -> str:
+    "`tokens 128, not 256`: where the sizes of a record differ from these; empty where they do not."
+    had = record.provenance.get('parameters') or {}
+    return ', '.join(f'{k} {had.get(k)}, not {v}' for k, v in sizes.items() if had.get(k) != v)
+
 def over_rounds(
     name: str,                                 # of the ratio
     value: Callable[[float], float] = float,
@@ -1367,9 +1373,8 @@ def over_rounds(
         for dataset in runs.datasets():
             rounds = {}
             for record in (runs.records[k] for k in runs.keys() if k[0] == dataset):
-                had = record.provenance.get('parameters') or {}
-                if other := [f'{k} {had.get(k)}, not {v}' for k, v in sizes.items() if had.get(k) != v]:
-                    effects.append(Effect(dataset, None, reason=f"measured at other sizes ({', '.join(other)})"))
+                if other := other_sizes(record, sizes):
+                    effects.append(Effect(dataset, None, reason=f'measured at other sizes ({other})'))
                     continue
                 table = record.history()
                 here = table.filter(pl.col('value') > 0, ratio=name)['value'] if {'ratio', 'value'} <= set(table.columns) else []

@@ -38,7 +38,7 @@ from scipy import stats
 
 from ..evaluation.significance import bootstrap_mean, compare, holm, paired_bootstrap, seed_interval, slice_metrics
 from .claims import FEW_USERS, Claim, Effect, better
-from .click_through import beside, choices, doubtful, elsewhere, every_run, mean_of, over_rounds, parameter, split_name, untuned
+from .click_through import beside, choices, doubtful, elsewhere, every_run, mean_of, other_sizes, over_rounds, parameter, split_name, untuned
 from .cold_start import gain_cell, record_file, renamed, signed, sorted_out, untestable, within
 from .figures import RC, direct_labels, model_styles, panels
 from .tables import (LONG, RESAMPLES, Runs, Table, bracket, brief, efficiency_table, example_ranks, example_run, is_floor, listed, machine_of, metric_label, missing_note, model_order,
@@ -56,7 +56,7 @@ PLANNED = (L2REC, 'lora', 'unisrec', 'learn', 'hllm', WITH_IDS, 'lora+ids', 'uni
 PARTS = {'no-shared': 'no shared experts', 'no-semantic-pool': 'no semantic pool', 'no-behaviour-pool': 'no behaviour pool', 'no-user': 'router without user', 'no-context': 'router without context',
          'no-interaction': 'router without interaction', 'dense': 'dense mixture', 'random': 'random routing', 'equal': 'fixed view split (no router)', 'mean-fusion': 'mean instead of ACF',
          'concat-fusion': 'concatenation instead of ACF', 'no-bpc': 'no BPC', 'no-balance': 'no balance loss', 'semantic-only': 'semantic view only', 'behaviour-only': 'behaviour view only',
-         'frozen': 'frozen backbone (heads only)', 'no-residual': 'no aging mean', 'fused-in-items': 'views fused as item vectors', 'fused-in-scores': 'views fused in their scores', 'bpc': 'with BPC', 'all-tokens': 'all tokens read in training', 'token-dropout': 'half of the tokens left out', 'words': 'with words', 'prior': 'with the prior', 'prior-in-loss': 'with the prior in the loss too', 'apart': 'ids in place of texts in the behaviour view', 'long': 'with longer histories', 'whole': 'histories read whole, one target each'}
+         'frozen': 'frozen backbone (heads only)', 'no-residual': 'no aging mean', 'fused-in-items': 'views fused as item vectors', 'fused-in-scores': 'views fused in their scores', 'bpc': 'with BPC', 'all-tokens': 'all tokens read in training', 'token-dropout': 'half of the tokens left out', 'words': 'with words', 'prior': 'with the prior', 'prior-in-loss': 'with the prior in the loss too', 'apart': 'ids apart from the texts', 'long': 'with longer histories', 'whole': 'histories read whole, one target each'}
 REVERSED = {'no-bpc': 'bpc', 'token-dropout': 'all-tokens'}   # what is left out or added, and its opposite where L2Rec was chosen the other way round
 WORDS, PRIOR, BARE, OWN_IDS, FURTHER = 'words', 'prior', 'no-residual', 'apart', 'long'   # the part of a model whose item head reads the texts' words too; whose scores have an item's popularity beside the cosine; of one that has no aging mean; whose ids are not added to texts; that reads further back than the plan's other rows
 ADDITIONS = {BARE: 'the aging mean', WORDS: "the texts' words", PRIOR: 'the prior of popularity'}   # what is ours and every model of texts may have: the part that tells of it, and what it is
@@ -966,9 +966,9 @@ def measured_notes(runs: Runs) -> list[str]:
     rounds, odd = {}, {}
     for key in runs.keys():
         record = runs.records[key]
-        had, table, machine = record.provenance.get('parameters') or {}, record.history(), machine_of(record)
+        table, machine = record.history(), machine_of(record)
         if 'round' in table.columns: rounds.setdefault(machine, []).append(table['round'].n_unique())
-        if other := ', '.join(f'{k} {had.get(k)}, not {v}' for k, v in GOAL_SIZES.items() if had.get(k) != v): odd.setdefault((machine, other), []).append(str(key[2]))
+        if other := other_sizes(record, GOAL_SIZES): odd.setdefault((machine, other), []).append(str(key[2]))
     differ = len({n for own in rounds.values() for n in own}) > 1
     return [*(['**Rounds**: the records differ in their number: ' + '; '.join(f'{listed(map(str, own))} on {machine}' for machine, own in rounds.items()) + '.'] if differ else []),
             *(f"**Other sizes**: on {machine}, seed{'s' * (len(seeds) > 1)} {listed(seeds)} measured at sizes for which no goal was set ({other}): in this table, not among what the claims judge." for (machine, other), seeds in odd.items())]
@@ -1203,7 +1203,7 @@ L2REC_CLAIMS = (
                                  ('unisrec', f"the {MODELS['unisrec']} model without ids", 'unisrec'))),
     *(Claim(f'l2rec-{short}-over-{other.replace("+", "-")}', 'this compendium', f'{what} better (NDCG@10) than {name_of(other)}.{seen}', 'P', 'dual_view', joined_before(better(core, other)))
       for short, what, core, seen in _IDS for other in ('sasrec', 'item-knn', 'item-knn-last', 'unisrec+ids', WITH_IDS)),
-    *(Claim(f'l2rec-own-ids-over-{other.replace("+", "-")}', 'this compendium', f'{_TEXTS_AND_IDS} better (NDCG@10) than {name_of(other)}.', 'P', 'dual_view', joined_before(or_cut_short(lambda far: better(far(_OWN), other)))) for other in ('sasrec', 'item-knn', 'item-knn-last', 'unisrec+ids')),
+    *(Claim(f'l2rec-own-ids-over-{other.replace("+", "-")}', 'this compendium', f'{_TEXTS_AND_IDS} better (NDCG@10) than {name_of(other)}.', 'P', 'dual_view', joined_before(or_cut_short(lambda far: better(far(_OWN), other)))) for other in ('sasrec', 'item-knn', 'item-knn-last', 'unisrec+ids', with_part('unisrec+ids', OWN_IDS))),
     *(Claim(f'l2rec-own-ids-like-with-like-{floor}', 'this compendium', f'{_TEXTS_AND_IDS} more than {100 * PAPER_GAIN:.2f} % better (NDCG@10) than {MODELS[floor]}, where either both were refitted with the validation items before the test or neither was (the effect is the relative gain).', 'P', 'dual_view', or_cut_short(lambda far: over_floor(far(_OWN), floor)), PAPER_GAIN) for floor in ('sasrec', 'item-knn', 'item-knn-last')),
     Claim('l2rec-own-ids-over-added', 'this compendium', f'{_TEXTS_AND_IDS} better (NDCG@10) than such views with ids added to the texts in both.', 'P', 'dual_view', or_cut_short(lambda far: better(far(_OWN), far(f'{WITH_IDS}-fused-in-scores')))),
     Claim('l2rec-ids-alone-over-sasrec', 'this compendium', 'The behaviour view alone, reading ids alone, ranks better (NDCG@10) than SASRec.', 'P', 'dual_view', joined_before(or_cut_short(lambda far: better(far(with_part(f'{WITH_IDS}-behaviour-only', OWN_IDS)), 'sasrec')))),
