@@ -227,7 +227,7 @@ def test_two_views_of_a_table_of_ones_own(run, shelf, tmp_path, monkeypatch, mod
     (dict(lr=-1.0), ('ValueError: lr=-1.0',)),
     (dict(head_lr=-1.0), ('ValueError: head_lr=-1.0',)),
     (dict(items_table=''), ("items_table=''", 'l2rec reads texts')),
-    (dict(windows='some'), ("windows='some': 'last' or 'all'",)),
+    (dict(windows='some', hyperparameters=VIEWS), ("windows='some': 'last' or 'all'",)),
     (dict(hyperparameters={'ids': 'apart'}), ("ids='apart'", "use fused_in='scores'")),
     (dict(table='few.csv'), ('dataset few', 'at least 20 items', '12')),
     (dict(notebook=DUAL_VIEW_SEARCH, model='ease'), ("model='ease'", 'l2rec')),
