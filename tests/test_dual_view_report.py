@@ -208,11 +208,12 @@ def test_a_part_that_l2rec_was_chosen_without(runs):
     assert dual_view.bpc_helps(runs) == dual_view.part_helps('no-bpc')(runs)   # where both were run, the part that was left out
 
 
-def test_a_claim_of_longer_histories_where_they_were_run(runs):
-    for mine, whose in (('l2rec', 'l2rec+long'), ('learn', 'learn')):
-        for effect, other in zip(dual_view.or_cut_short(lambda far: dual_view.better(far(mine), 'unisrec'))(runs), dual_view.better(whose, 'unisrec')(runs), strict=True):
-            assert effect.value == other.value and effect.seeds == other.seeds + (', with longer histories' if mine == 'l2rec' else '')
-    assert dual_view.name_of('l2rec+ids-fused-in-scores-apart-long') == 'views fused in their scores, ids apart from the texts, with longer histories (with ids)' and dual_view.name_of('unisrec+ids-apart') == 'UniSRec-like with ids (ids apart from the texts)'
+def test_a_model_cut_short_has_a_name_and_a_claim(runs):
+    (claim,) = [c for c in dual_view.L2REC_CLAIMS if c.id == 'l2rec-histories']
+    (effect,) = claim.measure(runs)
+    assert effect.value == pytest.approx(float((values_of(runs, 'l2rec') - values_of(runs, 'l2rec+short')).mean())) and effect.value > 0
+    assert dual_view.name_of('l2rec+short') == 'histories cut short' and dual_view.name_of('l2rec+ids-fused-in-scores-apart') == 'views fused in their scores, ids apart from the texts (with ids)'
+    assert dual_view.name_of('unisrec+ids-apart') == 'UniSRec-like with ids (ids apart from the texts)'
 
 
 def test_an_ablation_on_a_share_of_the_users_has_the_names_of_the_whole(runs):

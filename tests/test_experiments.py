@@ -206,7 +206,7 @@ def test_two_views_of_a_table_of_ones_own(run, shelf, tmp_path, monkeypatch, mod
     assert record.metrics['test/ndcg@10'] > .5 and record.per_user().height == 60 and record.metrics['parameters/trained'] < record.metrics['parameters/total']
     assert record.provenance['parameters']['model'] == model and not {'table', 'items_table', 'table_columns', 'recommendations', 'k', 'kept'} & record.provenance['parameters'].keys()
     assert "'items without a text': 1" in str(told['cells'])
-    assert ("'of which ask for the next, in the first batch': " in str(told['cells'])) is (model != 'hllm')
+    assert ("of which ask for the next, in 32 histories': " in str(told['cells'])) is (model != 'hllm')
     assert found.columns == ['user_id', 'item_id', 'rank', 'score', 'user', 'item'] and found.group_by('user_id').len()['len'].to_list() == [3] * 60
     last = dict(shop().group_by('customer', maintain_order=True).last().select('customer', pl.col('sku').str.slice(8).cast(pl.Int64)).iter_rows())
     first = found.filter(pl.col('rank') == 1)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLDEST', 'ItemTexts', 'make_item_texts', 'axes', 'word_vectors', 'ItemHead', 'ItemIds', 'unit',
-           'learned_temperature', 'inverse_temperature', 'popularity_prior', 'beside_prior', 'side_by_side',
-           'cosine_softmax', 'cosine_in_batch']
+           'learned_temperature', 'inverse_temperature', 'popularity_prior', 'beside_prior', 'answering',
+           'side_by_side', 'cosine_softmax', 'cosine_in_batch']
 
 # %% ../../nbs/dual_view/03_items.ipynb #c02
 import difflib
@@ -232,6 +232,14 @@ def beside_prior(vectors: Tensor,      # Float[..., D], of length 1
                  ) -> Tensor:
     "Float[..., D + 1], or the vectors themselves without a prior. Products of users with items are cos(u, v) + temperature * prior."
     return vectors if other is None else torch.cat([vectors, other.expand(vectors.shape[:-1])[..., None].to(vectors.dtype)], -1)
+
+
+def answering(users: Tensor,            # Float[B, D], of length 1
+              prior: Tensor | None,     # of the items
+              *log_temperatures: Tensor # scalars: of each answer that `users` holds side by side
+              ) -> Tensor:
+    "User vectors as scores need them: with a prior, the mean temperature in one column more."
+    return beside_prior(users, None if prior is None else torch.stack([1 / inverse_temperature(t) for t in log_temperatures]).mean())
 
 
 def side_by_side(*answers: Tensor # Float[..., D] each

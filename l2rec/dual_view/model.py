@@ -30,7 +30,7 @@ from ..data.splits import Split, training_counts
 from .backbone import is_causal, load_backbone, takes_pair_masks, token_table
 from .dpmoe import VIEWS, DPMoEConfig, Prefixes, Routes, find_places, width_of
 from .fusion import ACF, AgingMean
-from .items import ItemHead, ItemIds, ItemTexts, beside_prior, cosine_in_batch, cosine_softmax, inverse_temperature, learned_temperature, make_item_texts, popularity_prior, side_by_side, unit
+from .items import ItemHead, ItemIds, ItemTexts, answering, beside_prior, cosine_in_batch, cosine_softmax, learned_temperature, make_item_texts, popularity_prior, side_by_side, unit
 from .preference import bpc_loss
 from .router import SIGNALS, Router, one_of
 from .views import BehaviourProjector, amounts_before, behaviour_input, embedding_size, filled, item_prefixes, length_chunks
@@ -396,8 +396,7 @@ class L2Rec(L2Rec):
     @torch.no_grad()
     def encode(self, batch: Batch) -> Tensor:
         "User vectors of length 1, Float[B, D], or Float[B, 2D] with `fused_in='scores'`; with a prior the temperature, or the mean of both, in one column more. Without gradient."
-        temperature = None if self.prior is None else torch.stack([1 / inverse_temperature(to.log_temperature) for to in (self, self.text_answer) if to is not None]).mean()
-        return beside_prior(unit(self.represent(batch)["h"]), temperature)
+        return answering(unit(self.represent(batch)["h"]), self.prior, *(to.log_temperature for to in (self, self.text_answer) if to is not None))
 
     def catalogue(self) -> Tensor:
         "Item vectors of length 1, Float[I, D], or Float[I, 2D] with `fused_in='scores'`; with a prior that of each item in one column more."

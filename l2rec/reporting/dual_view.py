@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['L2REC', 'WITH_IDS', 'MODELS', 'TEXT_MODELS', 'CLASSES', 'PLANNED', 'PARTS', 'REVERSED', 'WORDS', 'PRIOR', 'BARE',
-           'OWN_IDS', 'FURTHER', 'ADDITIONS', 'SIZES', 'OWN_SIZE', 'EXAMPLE_GAIN', 'EXAMPLE_LOSS', 'METRICS', 'MAIN',
+           'OWN_IDS', 'SHORT', 'ADDITIONS', 'SIZES', 'OWN_SIZE', 'EXAMPLE_GAIN', 'EXAMPLE_LOSS', 'METRICS', 'MAIN',
            'GAINS', 'ALSO', 'EDGES', 'SLICED', 'MET', 'USE', 'EVERYBODY', 'COST', 'ELSEWHERE', 'UNITS', 'GOAL_SIZES',
            'MEET', 'PAPER_GAIN', 'SHARE', 'SHARE_MARGIN', 'QWEN_SHARE', 'SPEED_GOALS', 'L2REC_CLAIMS', 'pieces',
            'of_pieces', 'core_of', 'class_of', 'amount_of', 'share_of', 'dual_order', 'told_part', 'name_of',
@@ -20,9 +20,9 @@ __all__ = ['L2REC', 'WITH_IDS', 'MODELS', 'TEXT_MODELS', 'CLASSES', 'PLANNED', '
            'expert_use_figure', 'everybody', 'evenness', 'use_differences', 'describe_expert_use', 'fusion_gates',
            'gate_slices', 'fusion_figure', 'describe_fusion', 'cost_of', 'cost_table', 'describe_cost', 'search_rows',
            'measured_notes', 'speed_table', 'text_table', 'describe_text', 'start_table', 'describe_start',
-           'joined_before', 'or_with_fewer_users', 'or_cut_short', 'part_helps', 'bpc_helps', 'relative_effect',
-           'over_best', 'over_model', 'over_floor', 'grows_with_sparsity', 'with_few_beats_all', 'trained_shares',
-           'qwen_share', 'routed_apart', 'balance_prevents_collapse']
+           'joined_before', 'or_with_fewer_users', 'part_helps', 'bpc_helps', 'relative_effect', 'over_best',
+           'over_model', 'over_floor', 'grows_with_sparsity', 'with_few_beats_all', 'trained_shares', 'qwen_share',
+           'routed_apart', 'balance_prevents_collapse']
 
 # %% ../../nbs/reporting/05_dual_view.ipynb #c02
 import re
@@ -56,9 +56,9 @@ PLANNED = (L2REC, 'lora', 'unisrec', 'learn', 'hllm', WITH_IDS, 'lora+ids', 'uni
 PARTS = {'no-shared': 'no shared experts', 'no-semantic-pool': 'no semantic pool', 'no-behaviour-pool': 'no behaviour pool', 'no-user': 'router without user', 'no-context': 'router without context',
          'no-interaction': 'router without interaction', 'dense': 'dense mixture', 'random': 'random routing', 'equal': 'fixed view split (no router)', 'mean-fusion': 'mean instead of ACF',
          'concat-fusion': 'concatenation instead of ACF', 'no-bpc': 'no BPC', 'no-balance': 'no balance loss', 'semantic-only': 'semantic view only', 'behaviour-only': 'behaviour view only',
-         'frozen': 'frozen backbone (heads only)', 'no-residual': 'no aging mean', 'fused-in-items': 'views fused as item vectors', 'fused-in-scores': 'views fused in their scores', 'bpc': 'with BPC', 'all-tokens': 'all tokens read in training', 'token-dropout': 'half of the tokens left out', 'words': 'with words', 'prior': 'with the prior', 'prior-in-loss': 'with the prior in the loss too', 'apart': 'ids apart from the texts', 'long': 'with longer histories', 'whole': 'histories read whole, one target each'}
+         'frozen': 'frozen backbone (heads only)', 'no-residual': 'no aging mean', 'fused-in-items': 'views fused as item vectors', 'fused-in-scores': 'views fused in their scores', 'bpc': 'with BPC', 'all-tokens': 'all tokens read in training', 'token-dropout': 'half of the tokens left out', 'words': 'with words', 'prior': 'with the prior', 'prior-in-loss': 'with the prior in the loss too', 'apart': 'ids apart from the texts', 'short': 'histories cut short', 'whole': 'histories read whole, one target each'}
 REVERSED = {'no-bpc': 'bpc', 'token-dropout': 'all-tokens'}   # what is left out or added, and its opposite where L2Rec was chosen the other way round
-WORDS, PRIOR, BARE, OWN_IDS, FURTHER = 'words', 'prior', 'no-residual', 'apart', 'long'   # the part of a model whose item head reads the texts' words too; whose scores have an item's popularity beside the cosine; of one that has no aging mean; whose ids are not added to texts; that reads further back than the plan's other rows
+WORDS, PRIOR, BARE, OWN_IDS, SHORT = 'words', 'prior', 'no-residual', 'apart', 'short'   # the part of a model whose item head reads the texts' words too; whose scores have an item's popularity beside the cosine; of one that has no aging mean; whose ids are not added to texts; that reads less far back than the others
 ADDITIONS = {BARE: 'the aging mean', WORDS: "the texts' words", PRIOR: 'the prior of popularity'}   # what is ours and every model of texts may have: the part that tells of it, and what it is
 SIZES = {'experts': 'experts a view', 'rank': 'rank', 'top': 'experts chosen (Top-N)'}
 OWN_SIZE = {'experts': ('semantic', 6), 'rank': ('rank', 8), 'top': ('top_n', 2)}   # hyper-parameter and L2Rec's default
@@ -134,7 +134,7 @@ def ablations(runs: Runs) -> list[str]:
 # %% ../../nbs/reporting/05_dual_view.ipynb #c11
 EXAMPLE_GAIN = {L2REC: .95, 'lora': .75, 'unisrec': .5, 'learn': .3, 'hllm': .55, WITH_IDS: 1.05, 'lora+ids': .9, 'unisrec+ids': .65, 'sasrec': .55}
 EXAMPLE_LOSS = {'no-shared': .1, 'no-semantic-pool': .2, 'no-behaviour-pool': .15, 'no-user': .1, 'no-context': .05, 'no-interaction': .02, 'dense': .05, 'random': .3, 'equal': .2, 'mean-fusion': .1,
-                'concat-fusion': .05, 'no-bpc': .1, 'no-balance': .1, 'semantic-only': .5, 'behaviour-only': .6, 'frozen': .7, 'no-residual': .3, 'fused-in-items': .02, 'fused-in-scores': .01, 'bpc': .03, 'all-tokens': .05, 'token-dropout': .04, 'words': -.05, 'prior': -.04, 'prior-in-loss': -.03, 'apart': -.02, 'long': -.06, 'whole': .2, 'experts-2': .15, 'experts-12': .02, 'rank-4': .05, 'rank-16': 0.,
+                'concat-fusion': .05, 'no-bpc': .1, 'no-balance': .1, 'semantic-only': .5, 'behaviour-only': .6, 'frozen': .7, 'no-residual': .3, 'fused-in-items': .02, 'fused-in-scores': .01, 'bpc': .03, 'all-tokens': .05, 'token-dropout': .04, 'words': -.05, 'prior': -.04, 'prior-in-loss': -.03, 'apart': -.02, 'short': .15, 'whole': .2, 'experts-2': .15, 'experts-12': .02, 'rank-4': .05, 'rank-16': 0.,
                 'top-1': .1, 'top-4': .02, 'fraction-10': .6, 'fraction-25': .35, 'fraction-50': .15}   # what a variant loses of its model's strength
 
 def example_values(
@@ -435,7 +435,7 @@ def ablation_table(runs: Runs, gains: pl.DataFrame | None = None, name: str = 'd
     parts = ablations(runs)
     if not parts: raise ValueError(f'no run of {runs.experiment} is a variant of L2Rec with a part left out or exchanged (such as {L2REC}+no-bpc)')
     cores = [c for c in (L2REC, WITH_IDS) if c in models_of(runs) and any(class_of(m) == class_of(c) for m in parts)]
-    planned = {c: [of_pieces(*pieces(c)[:2], p) for p in PARTS if p not in (*REVERSED.values(), WORDS, OWN_IDS, FURTHER)] for c in cores if any(core_of(m) == c and pieces(m)[2] for m in parts)}
+    planned = {c: [of_pieces(*pieces(c)[:2], p) for p in PARTS if p not in (*REVERSED.values(), WORDS, OWN_IDS, SHORT)] for c in cores if any(core_of(m) == c and pieces(m)[2] for m in parts)}
     caption = (f'Trained on {percent} % of the users, tested on all. ' if percent < 100 else '') + 'One part left out or exchanged at a time. ' + _HOW + 'Plus: the part helps. Bold: best of its data set and class.'
     gains = l2rec_minus(runs, parts) if gains is None else gains
     return minus_table(runs, name, [*cores, *parts], gains, caption, 'variant', (*also_note(parts), *one_seed_note(runs, [*cores, *parts]), *not_run_note(runs, planned)))
@@ -1053,14 +1053,6 @@ def or_with_fewer_users(measure: Callable[[Runs], list[Effect]]) -> Callable[[Ru
         return effects
     return there
 
-def or_cut_short(measure: Callable[[Callable[[str], str]], Callable[[Runs], list[Effect]]] # from what names a model's variant to a measure
-                 ) -> Callable[[Runs], list[Effect]]:
-    "A measure of models with longer histories, and where these were not run, of the same models as they are."
-    further, own = measure(lambda model: with_part(model, FURTHER)), measure(lambda model: model)
-    def there(runs: Runs) -> list[Effect]:
-        return [b if a.value is None else replace(a, seeds=f'{a.seeds}, with longer histories') for a, b in zip(further(runs), own(runs))]
-    return there
-
 def part_helps(variant: str, model: str = L2REC) -> Callable[[Runs], list[Effect]]:
     "A measure: L2Rec minus `model` with `variant`; where the inductive pair was not run but the one with ids was, that one; where neither was, that on a share of the training users."
     inductive, ids = better(L2REC, of_pieces(model, False, variant)), better(WITH_IDS, of_pieces(model, True, variant))
@@ -1187,7 +1179,6 @@ _APART = (('apart', 'two views that answer apart', f'{L2REC}+fused-in-scores', '
 _IDS = (('apart-ids', 'Two views that answer apart, with ids, rank', f'{WITH_IDS}-fused-in-scores', ''), ('behaviour-ids', 'The behaviour view alone, with ids, ranks', f'{WITH_IDS}-behaviour-only', ' (Seen in these records before it was a claim.)'))
 _OWN = with_part(f'{WITH_IDS}-fused-in-scores', OWN_IDS)
 _TEXTS_AND_IDS = 'Two views that answer apart, the semantic one among texts and the behaviour view among ids, rank'
-_LONG = (('', 'L2Rec', L2REC), ('apart-', 'L2Rec whose views answer apart', f'{L2REC}+fused-in-scores'))
 
 L2REC_CLAIMS = (
     *(Claim(f'l2rec-over-best-{kind}', _PAPER, f'L2Rec ({kind}) has an NDCG@10 more than {100 * PAPER_GAIN:.2f} % above that of the best {kind} comparator of the records (the effect is the relative gain; the figure is the least gain that the paper reports, '
@@ -1200,15 +1191,14 @@ L2REC_CLAIMS = (
     Claim('l2rec-two-views-over-behaviour', _PAPER, 'Both views rank better (NDCG@10) than the behaviour view alone.' + _OURS, 'P', 'dual_view', part_helps('behaviour-only')),
     *(Claim(f'l2rec-apart-over-{short}', 'this compendium', f'Two views that answer apart, their scores added up, rank better (NDCG@10) than {what}.', 'P', 'dual_view', better(f'{L2REC}+fused-in-scores', other))
       for short, what, other in (('semantic', 'the semantic view alone', f'{L2REC}+semantic-only'), ('behaviour', 'the behaviour view alone', f'{L2REC}+behaviour-only'), ('joined', 'L2Rec, which fuses them into one vector', L2REC),
-                                 ('unisrec', f"the {MODELS['unisrec']} model without ids", 'unisrec'))),
+                                 *((m, f'the {MODELS[m]} model without ids', m) for m in ('unisrec', 'learn')))),
     *(Claim(f'l2rec-{short}-over-{other.replace("+", "-")}', 'this compendium', f'{what} better (NDCG@10) than {name_of(other)}.{seen}', 'P', 'dual_view', joined_before(better(core, other)))
       for short, what, core, seen in _IDS for other in ('sasrec', 'item-knn', 'item-knn-last', 'unisrec+ids', WITH_IDS)),
-    *(Claim(f'l2rec-own-ids-over-{other.replace("+", "-")}', 'this compendium', f'{_TEXTS_AND_IDS} better (NDCG@10) than {name_of(other)}.', 'P', 'dual_view', joined_before(or_cut_short(lambda far: better(far(_OWN), other)))) for other in ('sasrec', 'item-knn', 'item-knn-last', 'unisrec+ids', with_part('unisrec+ids', OWN_IDS))),
-    *(Claim(f'l2rec-own-ids-like-with-like-{floor}', 'this compendium', f'{_TEXTS_AND_IDS} more than {100 * PAPER_GAIN:.2f} % better (NDCG@10) than {MODELS[floor]}, where either both were refitted with the validation items before the test or neither was (the effect is the relative gain).', 'P', 'dual_view', or_cut_short(lambda far: over_floor(far(_OWN), floor)), PAPER_GAIN) for floor in ('sasrec', 'item-knn', 'item-knn-last')),
-    Claim('l2rec-own-ids-over-added', 'this compendium', f'{_TEXTS_AND_IDS} better (NDCG@10) than such views with ids added to the texts in both.', 'P', 'dual_view', or_cut_short(lambda far: better(far(_OWN), far(f'{WITH_IDS}-fused-in-scores')))),
-    Claim('l2rec-ids-alone-over-sasrec', 'this compendium', 'The behaviour view alone, reading ids alone, ranks better (NDCG@10) than SASRec.', 'P', 'dual_view', joined_before(or_cut_short(lambda far: better(far(with_part(f'{WITH_IDS}-behaviour-only', OWN_IDS)), 'sasrec')))),
-    *(Claim(f'l2rec-{short}long-over-{other.replace("+", "-") or "short"}', 'this compendium', f'{what}, with longer histories, ranks better (NDCG@10) than {f"the {MODELS[other]} model without ids" if other else "without"}.', 'P', 'dual_view', better(with_part(core, FURTHER), other or core))
-      for short, what, core in _LONG for other in ('', 'unisrec', 'learn')),
+    *(Claim(f'l2rec-own-ids-over-{other.replace("+", "-")}', 'this compendium', f'{_TEXTS_AND_IDS} better (NDCG@10) than {name_of(other)}.', 'P', 'dual_view', joined_before(better(_OWN, other))) for other in ('sasrec', 'item-knn', 'item-knn-last', 'unisrec+ids', with_part('unisrec+ids', OWN_IDS))),
+    *(Claim(f'l2rec-own-ids-like-with-like-{floor}', 'this compendium', f'{_TEXTS_AND_IDS} more than {100 * PAPER_GAIN:.2f} % better (NDCG@10) than {MODELS[floor]}, where either both were refitted with the validation items before the test or neither was (the effect is the relative gain).', 'P', 'dual_view', over_floor(_OWN, floor), PAPER_GAIN) for floor in ('sasrec', 'item-knn', 'item-knn-last')),
+    Claim('l2rec-own-ids-over-added', 'this compendium', f'{_TEXTS_AND_IDS} better (NDCG@10) than such views with ids added to the texts in both.', 'P', 'dual_view', better(_OWN, f'{WITH_IDS}-fused-in-scores')),
+    Claim('l2rec-ids-alone-over-sasrec', 'this compendium', 'The behaviour view alone, reading ids alone, ranks better (NDCG@10) than SASRec.', 'P', 'dual_view', joined_before(better(with_part(f'{WITH_IDS}-behaviour-only', OWN_IDS), 'sasrec'))),
+    Claim('l2rec-histories', 'this compendium', 'L2Rec ranks better (NDCG@10) than the same model that reads less far back, and so is asked for less.', 'P', 'dual_view', better(L2REC, with_part(L2REC, SHORT))),
     *(Claim(f'l2rec-{short}-like-with-like-{floor}', 'this compendium', f'{what} more than {100 * PAPER_GAIN:.2f} % better (NDCG@10) than {MODELS[floor]}, where either both were refitted with the validation items before the test or neither was (the effect is the relative gain).{seen}', 'P', 'dual_view', over_floor(core, floor), PAPER_GAIN)
       for short, what, core, seen in _IDS for floor in ('sasrec', 'item-knn', 'item-knn-last')),
     *(Claim(f'residual-helps-{m}', 'this compendium', f"The history's aging mean, which the tower corrects, helps the {MODELS[m]} model without ids (NDCG@10).", 'P', 'dual_view', better(m, with_part(m, BARE))) for m in ('unisrec', 'learn')),
